@@ -18,11 +18,12 @@ import msgspec
 from kwflow.core import queues, wire
 from kwflow.core.contract import Context, Transition
 from kwflow.core.dispatch import Callee, Dispatch, size_of
-from kwflow.core.instance import Host, Instance, Machine
-from kwflow.core.mailbox import Inbox
-from kwflow.core.tasks import FAILED, OK, ActivityWait, All, Awaitable, Combinator, JobWait, Race, Shield, Some, Suspension, Task, Timeout, Timer
+from kwflow.core.instance import Instance
+from kwflow.core.machine import Host, Machine
+from kwflow.core.tasks import FAILED, OK, ActivityWait, All, Awaitable, Combinator, JobWait, Race, Series, Shield, Some, Suspension, Task, Timeout, Timer
 from kwflow.core.values import json_dumps
 from kwflow.core.wire import DELAY_MS_MAX, Output, Record, Reply
+from kwflow.durable import is_durable
 from kwflow.durable.awaiting import Advance, AsyncGenerator
 from kwflow.durable.refusals import asyncio_refusal
 from kwflow.errors import NotDurableError, UsageError
@@ -58,7 +59,7 @@ class Calls:
             return value
         if isinstance(value, types.GeneratorType):
             return self._durable(value)
-        if isinstance(value, Inbox):
+        if isinstance(value, Series):
             return value.wait()
         if isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial, Callee)):
             raise UsageError(f"{_name(value)} is a function, not a wait; did you mean {_name(value)}()?")
@@ -82,8 +83,6 @@ class Calls:
             raise UsageError("a generator expression is not a wait; did you mean kw.all(...) around it?")
         if self.context.native:
             return gen
-        from kwflow.durable import is_durable
-
         if not is_durable(gen):
             program = gen.gi_frame is not None and gen.gi_frame.f_globals.get("__name__") == "__main__"
             if program:
@@ -193,7 +192,7 @@ class Calls:
         values: list[object] = []
         made_here = Some()  # waits created here, which author code never holds
         for item in items.values() if isinstance(items, Mapping) else items:
-            if isinstance(item, Inbox):
+            if isinstance(item, Series):
                 made_here.append(len(values))
             values.append(self.classify(item))
         return [self.awaitable(value) for value in values], keys, made_here if made_here and not cancel_rest else bool(cancel_rest)

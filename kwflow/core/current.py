@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
 
+from kwflow.core.calls import Calls
 from kwflow.errors import UsageError
-
-if TYPE_CHECKING:
-    from kwflow.core.calls import Calls
 
 __all__ = ["current", "in_step", "slot"]
 

@@ -18,7 +18,8 @@ from kwflow.core.calls import Calls
 from kwflow.core.contract import Keep, Limits, Transition
 from kwflow.core.current import slot
 from kwflow.core.instance import CLOSING, Instance
-from kwflow.core.mailbox import Inbox, Mailbox, SignalWait, Update, checked_name
+from kwflow.core.mail import Mailbox, SignalWait
+from kwflow.core.mailbox import Inbox, Update, checked_name
 from kwflow.core.outcomes import describe_error
 from kwflow.core.values import json_dumps
 from kwflow.core.wire import Address, Command, Record, Reply

@@ -15,7 +15,7 @@ from typing import Any
 
 from kwflow.core.calls import Calls
 from kwflow.core.instance import CLOSING, Instance
-from kwflow.core.mailbox import give_back
+from kwflow.core.mail import give_back
 from kwflow.core.snapshot import failed_at, place_of
 from kwflow.core.tasks import FAILED, Awaitable, Suspension, Task
 from kwflow.durable import registry

@@ -19,7 +19,7 @@ import msgspec
 
 from kwflow.core.children import Child
 from kwflow.core.instance import Instance
-from kwflow.core.mailbox import SignalWait, UpdateWait
+from kwflow.core.mail import SignalWait, UpdateWait
 from kwflow.core.tasks import ActivityWait, All, Awaitable, JobWait, Race, Shield, Suspension, Task, Timeout, Timer
 from kwflow.durable import codec, frames, registry, versions
 from kwflow.durable.lower import LOWERING_VERSION

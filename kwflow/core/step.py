@@ -1,7 +1,7 @@
 """step(instance, record, context) -> Transition: the main path; read this first.
 
 Pure: a function of its arguments.  This module decides what a record does to an instance.  `calls.py` holds the calls
-that author code makes in a step, `messages.py` what commands do, `instance.py` moves the tasks, `snapshot.py` turns
+that author code makes in a step, `messages.py` what commands do, `machine.py` moves the tasks, `snapshot.py` turns
 instances into bytes, and a runner makes the Transition happen.
 """
 
@@ -237,7 +237,7 @@ class Step(Calls):
             return Ended(ended_header(instance))
         return Save(instance, self.changed)
 
-    # -- what the machine asks for (instance.Host) -----------------------------------------------------------------
+    # -- what the machine asks for (machine.Host) ------------------------------------------------------------------
     def task_failed(self, task: Task) -> None:
         self.logs.append(f"{task.name} failed, and nobody awaits it: {outcomes.describe_error(task.value)}")
 

@@ -1,7 +1,7 @@
 """What a workflow can wait for: suspensions, timers, tasks and combinators, as plain picklable data.
 
 Every rule of the form "when this child settles, does the combinator decide, and what?" lives here.  This module must not
-know records or queues; `instance.py` decides who is woken, when, and in which order.
+know records or queues; `machine.py` decides who is woken, when, and in which order.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic
 from kwflow.durable.awaiting import Once
 from kwflow.errors import Cancelled, WorkflowError
 
-__all__ = ["FAILED", "OK", "PENDING", "ActivityWait", "All", "Awaitable", "Combinator", "JobWait", "Race", "Shield", "Some", "Suspension", "Task", "Timeout", "Timer", "live_below"]
+__all__ = ["FAILED", "OK", "PENDING", "ActivityWait", "All", "Awaitable", "Combinator", "JobWait", "Race", "Series", "Shield", "Some", "Suspension", "Task", "Timeout", "Timer", "live_below"]
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
@@ -102,6 +102,15 @@ class Suspension(Awaitable[_T]):
 
     def __repr__(self) -> str:
         return f"<{self.kind} {self.ref} {self.state}>"
+
+
+class Series:
+    """A series of waits: each time it is waited for, it makes the next one."""
+
+    __slots__ = ()
+
+    def wait(self) -> Awaitable:
+        raise NotImplementedError
 
 
 class Timer(Suspension[None]):

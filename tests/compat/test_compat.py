@@ -8,7 +8,7 @@ import corpus_harness as harness
 import pytest
 
 from kwflow import durable
-from kwflow.core import snapshot
+from kwflow.core import mailbox, snapshot
 from kwflow.core.picture import picture_of
 from kwflow.durable.lower.show import shapes_of
 from kwflow.errors import SnapshotError
@@ -96,3 +96,10 @@ def test_instances_of_an_earlier_release_are_shown_with_the_lines_where_they_wai
             assert all(shapes[frame.path].lines[frame.label or ""] for frame in frames)
             counted += len(frames)
     assert counted > 100
+
+
+@pytest.mark.parametrize("name", ["Inbox", "Mail", "Mailbox", "Update"])
+def test_snapshots_name_what_belongs_to_the_mailbox_by_one_module(name: str) -> None:
+    """G7: wherever it is defined, so that an older kwflow finds it, too."""
+    saved = getattr(mailbox, name)
+    assert (saved.__module__, saved.__qualname__) == ("kwflow.core.mailbox", name)

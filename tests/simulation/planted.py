@@ -12,7 +12,9 @@ from confluent_kafka import IsolationLevel, KafkaException, TopicPartition
 
 from kwflow import flows, schedules
 from kwflow.activities import Retry
-from kwflow.core import children, instance, messages, ops, queues, step, wire
+from kwflow.core import children, machine, messages, ops, queues, step, wire
+from kwflow.core.instance import CLOSING
+from kwflow.core.machine import Machine
 from kwflow.core.wire import Record
 from kwflow.durable import versions
 from kwflow.runners import code
@@ -257,8 +259,8 @@ class Warm(Crowd):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.age(4_000)
-        for machine in self.machines:
-            machine.settings = {"standby": True, "state_cleanup_s": 5}
+        for one in self.machines:
+            one.settings = {"standby": True, "state_cleanup_s": 5}
 
 
 @contextlib.contextmanager
@@ -319,15 +321,15 @@ def _active_runs_are_forgotten() -> contextlib.AbstractContextManager[Any]:
 
 
 def _last_loser_first() -> contextlib.AbstractContextManager[Any]:
-    leave = instance.Machine._leave
-    return mock.patch.object(instance.Machine, "_leave", lambda machine, combinator: leave(machine, combinator)[::-1])
+    leave = Machine._leave
+    return mock.patch.object(Machine, "_leave", lambda machine, combinator: leave(machine, combinator)[::-1])
 
 
 def _nobody_is_told_of_the_end() -> contextlib.AbstractContextManager[Any]:
-    def close(machine: instance.Machine) -> None:
-        machine.instance.status = instance.CLOSING
+    def close(machine: Machine) -> None:
+        machine.instance.status = CLOSING
 
-    return mock.patch.object(instance.Machine, "close", close)
+    return mock.patch.object(Machine, "close", close)
 
 
 def _failures_are_cancellations() -> contextlib.AbstractContextManager[Any]:
@@ -487,9 +489,9 @@ SHARED = [
     Planted("G10", "an instance goes on in changed code", patch=lambda: mock.patch.object(versions, "changed_units", lambda *_: []), first=2),
     Planted("G10", "sources are not stored", patch=lambda: mock.patch.object(code, "offer", lambda *_: [])),
     Planted("M1", "a command that is repeated is done again", patch=lambda: mock.patch.object(messages, "applied_before", lambda *_: None)),
-    Planted("M3", "a signal that a race did not take is lost", patch=lambda: mock.patch.object(instance, "give_back", lambda *_: []), first=3),
+    Planted("M3", "a signal that a race did not take is lost", patch=lambda: mock.patch.object(machine, "give_back", lambda *_: []), first=3),
     Planted("semantics 1.5", "losers are cancelled in the wrong order", patch=_last_loser_first, first=6),
-    Planted("semantics 1.5", "wait_rest waits for nobody", patch=lambda: mock.patch.object(instance.Machine, "_joins", lambda *_: False), first=6),
+    Planted("semantics 1.5", "wait_rest waits for nobody", patch=lambda: mock.patch.object(Machine, "_joins", lambda *_: False), first=6),
     Planted("semantics 1.8", "a timer that is left is not cancelled", patch=lambda: mock.patch.dict(step._TELL, {"timer": lambda *_: None})),
     Planted("semantics 2.4", "what goes on when main has ended is not cancelled", patch=_nobody_is_told_of_the_end, first=7),
     Planted("M5", "a parent is told that its child was cancelled when it failed", patch=_failures_are_cancellations, first=4),
