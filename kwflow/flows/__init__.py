@@ -5,6 +5,8 @@ change is a new file with the next number; calls made from then on use it, and t
 That is why no upgrade of kwflow ever meets a changed frame of its own, and no author's code is pinned by one
 (`tests/compat` holds the hashes).  What these files call is in `support.py`, whose names are kept as well.  What a new
 file needs beyond the first ones it imports by name: an older kwflow that meets it cannot load it, and parks the instance.
+
+This module does not import them, but loads each when it is first needed: they use `kwflow.activities`, which calls them.
 """
 
 from __future__ import annotations
