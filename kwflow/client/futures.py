@@ -30,6 +30,7 @@ __all__ = ["Future", "Futures", "Reply", "fail", "seconds_of", "settle"]
 
 _T = TypeVar("_T")
 _SECONDS_MAX = wire.DELAY_MS_MAX // 1000
+_SETTLED_MAX = 100  # deadlines of settled futures that may stay in the heap, besides as many as are open
 
 
 class Future(concurrent.futures.Future[_T], Generic[_T]):
@@ -72,7 +73,8 @@ class Futures:
         self.lost: Exception | None = None  # why no more replies come
         self._open: set[Future[Any]] = set()
         self._requests: dict[str, tuple[Future[Any], Callable[[Reply], None]]] = {}
-        self._deadlines: list[tuple[float, int, str | None, Future[Any], Exception]] = []
+        self._deadlines: list[tuple[float, int]] = []  # a heap of times, with the numbers by which `_late` knows what they are for
+        self._late: dict[int, tuple[str | None, Future[Any], Exception]] = {}
         self._process = process.encode()
         self._counts = counts
         self._lock = threading.RLock()
@@ -108,7 +110,12 @@ class Futures:
     def at(self, seconds: float, future: Future[Any], error: Exception, request: str | None = None) -> None:
         """Fail the future after `seconds`, if it is still open and, if `request` is given, that has no reply by then."""
         with self._lock:
-            heapq.heappush(self._deadlines, (time.monotonic() + seconds, next(self._count), request, future, error))
+            number = next(self._count)
+            self._late[number] = request, future, error
+            heapq.heappush(self._deadlines, (time.monotonic() + seconds, number))
+            if len(self._deadlines) > 2 * len(self._late) + _SETTLED_MAX:
+                self._deadlines = sorted(deadline for deadline in self._deadlines if deadline[1] in self._late)
+        future.add_done_callback(lambda _: self._late.pop(number, None))
 
     def take(self, record: Record) -> None:
         """Take a record of the reply topic.
@@ -143,10 +150,10 @@ class Futures:
         now = time.monotonic()
         due = []
         with self._lock:
-            while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][3].done()):
-                _, _, request, future, error = heapq.heappop(self._deadlines)
-                if request is None or request in self._requests:
-                    due.append((future, error))
+            while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][1] not in self._late):
+                late = self._late.pop(heapq.heappop(self._deadlines)[1], None)
+                if late is not None and (late[0] is None or late[0] in self._requests):
+                    due.append(late[1:])
         for future, error in due:
             fail(future, error)
 

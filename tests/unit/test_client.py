@@ -1,7 +1,9 @@
 """A client whose engine is this test: replies and outcomes come when the test sends them, and in the order of the test (M1, M4)."""
 
+import gc
 import pathlib
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +17,7 @@ from kwflow.core.wire import Record
 from kwflow.errors import CommandError, OutcomeError, OutcomeUnknown, TransportError, UsageError
 from kwflow.runners.embedded.engine import Embedded
 from kwflow.runners.kafka.encryption import Encryption
+from tests.waiting import until
 
 TIMEOUT_S = 1.0
 
@@ -144,6 +147,21 @@ def test_deadlines_of_callers_who_have_gone_are_not_kept(site: Site) -> None:
     while site.client._futures._deadlines:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_deadline_far_away_that_is_still_open_keeps_nothing_of_what_is_settled_behind_it(site: Site) -> None:
+    """M1.4: a web handler waits a day at most for each order; one order takes that day, and thousands are done at once."""
+    slow = site.client.result("slow", timeout=86_400)
+    site.reply(site.asked(), value={"start_id": "of the slow one"})
+    settled = []
+    for _ in range(300):
+        future = site.client.result("w", timeout=90_000)
+        site.reply(site.asked(), value={"start_id": "mine", "outcome": {"kind": "result", "value": "7"}})
+        assert future.result(20) == 7
+        settled.append(weakref.ref(future))
+    del future
+    until(lambda: gc.collect() >= 0 and all(kept() is None for kept in settled), 10)
+    assert not slow.done() and len(site.client._futures._deadlines) < 150
 
 
 def test_replies_to_others_and_failing_subscribers_harm_nobody(site: Site) -> None:
