@@ -380,6 +380,7 @@ class WorkflowBatch:
         # By our clock: after an outage the record's timestamp may be older than the retention, while its client's repetitions wait behind it.
         header = {**header, "ended": max(header["ended"], self.context.received_ms)}
         self.keep(key, header)
+        self.processor.live.drop(key)
         if self.processor.at_least_once or "checkpoints" in header or (header["start_id"] and not _is_own(header)):
             self.processor.ended.keep(self.state, key, header)
         elif self.state.get(key) is not None:

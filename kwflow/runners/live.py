@@ -65,8 +65,7 @@ class LiveInstances:
 
         Such an instance is loaded again, so that before each step it is decided anew which code it holds, the same as after a restore (semantics §8.2).
         """
-        if key in self._sleeping:  # an earlier run that was terminated, or whose batch was aborted
-            self._let_go(key)
+        self.drop(key)  # an earlier run whose batch was aborted
         if live.old:
             return live.forget()
         live.ahead, live.changed, live.met = False, False, []
@@ -74,6 +73,11 @@ class LiveInstances:
         self._bytes += len(live.base or b"")
         while len(self._sleeping) > self.config.instances_cached_max or self._bytes > self.config.instances_cached_bytes_max:
             self._let_go(next(iter(self._sleeping)))
+
+    def drop(self, key: bytes) -> None:
+        """Forget the instance of this id, if it is here: nobody needs it any more."""
+        if key in self._sleeping:
+            self._let_go(key)
 
     def _let_go(self, key: bytes) -> None:
         live = self._sleeping.pop(key)

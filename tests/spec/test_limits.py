@@ -223,6 +223,15 @@ def test_a_run_that_takes_the_place_of_another_takes_its_room_too(end: str) -> N
     assert (len(engine.processor.live), engine.processor.live.hits, engine.module.CLEANED) == (1, 1, [])
 
 
+def test_a_run_that_was_terminated_is_not_kept_live() -> None:
+    """K3, G8: nobody needs it, and a thousand of them would take the memory of instances that are busy."""
+    engine = Engine()
+    engine.start("state", 1000)
+    engine.batch(engine.record("a", b"null", (("kwflow-op", b"terminate"),)))
+    gc.collect()
+    assert (len(engine.processor.live), engine.module.CLEANED) == (0, [])
+
+
 def reasons(made: list[Decision]) -> list[str]:
     """How each record was counted; a dead letter by its reason."""
     return [(dict(one.outputs[0].headers)["kwflow-error-reason"] or b"").decode() if one.counts == ("dead-letter",) else one.counts[0] for one in made]
