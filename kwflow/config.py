@@ -94,6 +94,7 @@ class Config(BaseSettings):
     instances_cached_bytes_max: int = Field(default=32_000_000, ge=0, description="bytes of their snapshots; live instances take several times as much")
     rocksdb_bytes_max: int = Field(default=128 * 1024 * 1024, ge=1024 * 1024, description="block cache and write buffers of all local stores of a process together")
     embedded_retention_ms: int = Field(default=7 * 86_400_000, ge=0, description="applied input records of the embedded log are kept for this long")
+    embedded_outputs_retention_ms: int = Field(default=0, ge=0, description="results, errors and other outputs in the embedded log are kept for this long; 0: for ever")
     ended_retention_ms: int = Field(default=86_400_000, ge=0, description="how long after the end a start repeated under its start id is recognised (K20)")
     encryption_keys: list[SecretStr] = Field(default_factory=list, description="keys for values on the broker (AES-256-GCM): the first encrypts, all decrypt; Kafka only (`kwflow[encryption]`)")
     encryption_topics: list[str] = Field(default_factory=list, description="more topics to encrypt, such as the resume topic of another application that has the key")

@@ -15,12 +15,13 @@ import pytest
 from kwflow import api, durable
 from kwflow.config import Config
 from kwflow.core.contract import Workflows
-from kwflow.core.wire import Record
+from kwflow.core.wire import Output, Record
 from kwflow.feeds import Feed
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.embedded.engine import Embedded
 from kwflow.runners.embedded.state import EmbeddedStore
 from kwflow.runners.feeds import FeedProcessor
+from kwflow.runners.groups import Group
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.overlay import Overlay
 from kwflow.runners.timers import TimerProcessor
@@ -297,6 +298,28 @@ def test_what_a_feed_has_read_is_an_output_and_stays_for_others(tmp_path: pathli
         assert engine.step([processor], lambda _: None) == 1
     engine.clock.ms += 1_000  # type: ignore[attr-defined]
     assert engine.trim([processor]) == 0 and len(engine.read("numbers")) == 1
+    engine.close()
+
+
+def test_outputs_are_trimmed_if_they_have_a_retention_but_no_dead_letters_and_nothing_that_a_feed_has_not_read(tmp_path: pathlib.Path) -> None:
+    """Otherwise the directory grows for ever. An old record behind a younger one waits for that."""
+    engine, _, _ = made(tmp_path, embedded_outputs_retention_ms=1_000, batch_records_max=1)
+    processor = FeedProcessor(engine.limits, Feed("numbers", lambda number: None))
+    old = engine.clock.now_ms()
+    for topic in ("numbers", "numbers", "workflow-result", "workflow-result", engine.limits.dead_letter_topic, engine.limits.code_topic, "workflow-resume"):
+        engine.append(topic, b"w", b"1")
+    with engine_process():
+        assert engine.step([processor], lambda _: None) == 1
+    engine.clock.ms += 1_000  # type: ignore[attr-defined]
+    engine.append_all([Group((Output("workflow-result", b"w", b"2"), Output("workflow-result", b"w", b"3", timestamp_ms=old)))])
+    assert (engine.trim([processor]), engine.trim([processor])) == (3, 0)
+    assert [record.offset for record in engine.read("numbers")] == [1]
+    assert [record.value for record in engine.read("workflow-result")] == [b"2", b"3"]
+    assert [len(engine.read(topic)) for topic in (engine.limits.dead_letter_topic, engine.limits.code_topic, "workflow-resume")] == [1, 1, 1]
+    engine.close()
+    engine, _, _ = made(tmp_path, embedded_outputs_retention_ms=1_000)
+    engine.clock.ms += 2_000  # type: ignore[attr-defined]
+    assert (engine.trim([processor]), engine.read("workflow-result"), engine.end("workflow-result")) == (2, [], 4)
     engine.close()
 
 

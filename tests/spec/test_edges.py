@@ -266,6 +266,17 @@ def _trimmed(at: int, age_ms: int) -> str:
     return f"{gone} deleted" if gone else ""
 
 
+def _trimmed_outputs(at: int, age_ms: int) -> str:
+    clock, config = Manual(), Config(embedded_outputs_retention_ms=at)
+    with tempfile.TemporaryDirectory() as directory:
+        held = Embedded(pathlib.Path(directory), config, sync=False, clock=clock)
+        held.append("out", b"a", b"1")
+        clock.at[0] += age_ms
+        gone = held.trim([])
+        held.close()
+    return f"{gone} deleted" if gone else ""
+
+
 def _start_again(at: int, after_ms: int) -> str:
     """K20."""
     engine = Engine(ended_retention_ms=at)
@@ -544,6 +555,7 @@ EDGES = [
     Edge("step_timeout_ms", "ms that a step runs before it is told", 10**7, _reported, r"w: its step has been running for 10000.0 s, now at .*test_edges.py:\d+", past=0),
     Edge("step_abort_ms", "ms that a step may run", 10**7, _aborted, r"more than 10000 s without reaching a wait .limit step_abort_ms.; do long work in an activity", past=0),
     Edge("embedded_retention_ms", "ms that applied input is kept", 1000, _trimmed, r"^1 deleted$", past=0),
+    Edge("embedded_outputs_retention_ms", "ms that outputs are kept", 1000, _trimmed_outputs, r"^1 deleted$", past=0),
     Edge("ended_retention_ms", "ms after which a start is no longer known", 1000, _start_again, r"\['started', 'started'\]", past=0),
     Edge("ended_retention_ms", "ms after which what ended is forgotten", 1000, _ended, "^forgotten$", past=0),
     Edge("state_cleanup_s", "seconds that a copy which nobody needs is kept", 600, _copies, "^3 deleted$", past=0),

@@ -45,6 +45,7 @@ _FIRED_MAX = 1000
 _TRIM_S = 5
 _HELD_S = 1.0
 _REPLY_MS = 3_600_000
+_TRIMMED_MAX = 10_000  # outputs of a topic that are looked at in one turn
 
 
 class Embedded:
@@ -388,15 +389,39 @@ class Embedded:
         return made
 
     def trim(self, processors: Sequence[Processor]) -> int:
-        """Delete consumed input records and history events older than the retention, and replies older than an hour, each as one range; return how many.
+        """Delete consumed input records, history events and outputs older than their retention, and replies older than an hour, each as one range; return how many.
 
-        Outputs stay for their readers, including those that a feed has read.
+        Without a retention of their own, outputs stay for their readers, including those that a feed has read.
         """
         self._trim_next = time.monotonic() + _TRIM_S
         own = [processor.input_topic for processor in processors if processor.changelog_topic]
         inputs = sum(self._trim(topic, self.position(topic), self.limits.embedded_retention_ms) for topic in own)
         history = self._trim(self.limits.history_topic, self.end(self.limits.history_topic), self.limits.embedded_retention_ms) if self.limits.history_topic else 0
-        return inputs + history + self._trim(self.limits.reply_topic, self.end(self.limits.reply_topic), _REPLY_MS)
+        outputs = self._trim_outputs(processors) if self.limits.embedded_outputs_retention_ms else 0
+        return inputs + history + outputs + self._trim(self.limits.reply_topic, self.end(self.limits.reply_topic), _REPLY_MS)
+
+    def _trim_outputs(self, processors: Sequence[Processor]) -> int:
+        """Trim outputs, but nothing that a feed has not read.  Dead letters stay until somebody deals with them.
+
+        An output has the time of the record that it follows from, or one that the author gave.  So times do not rise with offsets, and the first record to keep ends it.
+        """
+        config = self.limits
+        kept, gone = self.clock.now_ms() - config.embedded_outputs_retention_ms, 0
+        fed = {processor.input_topic for processor in processors if not processor.changelog_topic}
+        others = (config.resume_topic, config.scheduler_topic, config.reply_topic, config.history_topic, config.code_topic, config.dead_letter_topic)
+        for topic in (key[len(NEXT) :].decode() for key, _ in rocks.entries(self.db, NEXT)):
+            if topic in others:
+                continue
+            first = low = self._first_of(topic)
+            end = self.position(topic) if topic in fed else self.end(topic)
+            for record in itertools.islice(records_of(self.db, topic, first), _TRIMMED_MAX):
+                if record.offset >= end or record.timestamp_ms > kept:
+                    break
+                low = record.offset + 1
+            else:  # there may be more: go on in the next turn
+                self._trim_next = 0.0 if low > first else self._trim_next
+            gone += self._delete(topic, first, low)
+        return gone
 
     def _trim(self, topic: str, end: int, retention_ms: int) -> int:
         """Trim one topic.  Timestamps in a log rise with its offsets, so the first record to keep is found by binary search."""
@@ -410,11 +435,15 @@ class Embedded:
                 low = middle + 1
             else:
                 high = middle
-        if low > first:
+        return self._delete(topic, first, low)
+
+    def _delete(self, topic: str, first: int, end: int) -> int:
+        """Delete the records from `first`, the first one that is there, up to `end`; return how many offsets that are."""
+        if end > first:
             prefix = LOG + topic.encode() + b"\0"
-            self.db.delete_range(prefix + b"%020d" % first, prefix + b"%020d" % low)
-            self._first[topic] = low
-        return low - first
+            self.db.delete_range(prefix + b"%020d" % first, prefix + b"%020d" % end)
+            self._first[topic] = end
+        return end - first
 
     def _first_of(self, topic: str) -> int:
         if topic not in self._first:
