@@ -69,15 +69,15 @@ def heartbeats(header: dict[str, Any], given: wire.Heartbeat, at_ms: int) -> dic
 
 
 def heartbeats_of(header: dict[str, Any]) -> dict[str, Any]:
-    """The last heartbeats of all calls, by ref; none if the header, which may be unsigned, holds something else."""
-    known = header.get("heartbeats")
-    return known if isinstance(known, dict) else {}
+    """The last heartbeats of all calls, by ref."""
+    known: dict[str, Any] = header.get("heartbeats", {})
+    return known
 
 
 def details_of(header: dict[str, Any], ref: str) -> Any:
     """The last details that the call behind this ref gave; None if there are none."""
     given = heartbeats_of(header).get(ref)
-    return given.get("details") if isinstance(given, dict) else None
+    return given["details"] if given is not None else None
 
 
 def forget_heartbeats(header: dict[str, Any], waits: Collection[str]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from kwflow.core import header as headers
 from kwflow.core.children import Child
 from kwflow.core.instance import Instance
 from kwflow.core.mail import SignalWait, UpdateWait
@@ -208,11 +209,10 @@ def split(data: bytes, keys: Keys = ()) -> tuple[dict[str, Any], bytes]:
 
 def _unread(header: dict[str, Any]) -> dict[str, Any] | None:
     """What may be believed of an unsigned header around bytes that were parked unread: nothing that would be sent to anybody; None for any other header."""
-    mark = header.get("parked")
-    if header["status"] != "parked" or not isinstance(mark, dict) or mark.get("was") != "damaged":
+    if header["status"] != "parked" or header["parked"].get("was") != "damaged":
         return None
-    parked = {"offset": -1, "was": "damaged"} | {entry: str(mark.get(entry, "")) for entry in ("reason", "message", "paused") if entry != "paused" or entry in mark}
-    return {"v": _VERSION, "status": "parked", "waits": [], "parked": parked} | {entry: str(header.get(entry, "")) for entry in ("id", "workflow", "start_id")}
+    parked = {**header["parked"], "offset": -1}
+    return {"v": _VERSION, "status": "parked", "waits": [], "parked": parked} | {entry: header.get(entry, "") for entry in ("id", "workflow", "start_id")}
 
 
 def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -223,15 +223,15 @@ def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
     (length,) = struct.unpack(">I", data[4:8])
     try:
         header = msgspec.json.decode(data[8 : 8 + length])
-        if not isinstance(header, dict) or not isinstance(header.get("status"), str):
-            raise TypeError("no status")
+        if not isinstance(header, dict):
+            raise TypeError("no object")
     except (msgspec.DecodeError, RecursionError, TypeError, ValueError) as error:
         raise CorruptSnapshotError(f"the header of a snapshot cannot be read: {error}") from None
     if "key" not in header and hashlib.sha256(memoryview(data)[:-_CHECKSUM_BYTES]).digest() != data[-_CHECKSUM_BYTES:]:
         raise CorruptSnapshotError("the checksum of a snapshot does not match: its bytes are damaged")
     if header.get("v") != _VERSION:
         raise SnapshotError(f"snapshot version {header.get('v')!r} is unknown to this version of kwflow")
-    return header, data[8 + length : -_CHECKSUM_BYTES]
+    return headers.check(header), data[8 + length : -_CHECKSUM_BYTES]
 
 
 def read_header(data: bytes) -> dict[str, Any]:
@@ -267,12 +267,12 @@ def move(data: bytes, sources: Sources, keys: Keys = ()) -> tuple[bytes, list[re
     moving = versions.moving(header.get("code", {}), sources)
     if not moving.old:
         return None
-    instance = wake(header, body, sources, moving)
+    instance = wake(header if parked is None else {**header, "status": parked["was"]}, body, sources, moving)
     try:
         made, modules = save(instance, keys)
     finally:
         instance.forget()
-    return amend(made, keys, parked=parked) if parked is not None else made, modules, moving.frames
+    return made if parked is None else amend(made, keys, status="parked", parked=parked), modules, moving.frames
 
 
 def wake(header: dict[str, Any], body: bytes, sources: Sources = no_sources, moving: MovingNames | None = None) -> Instance:
@@ -307,9 +307,8 @@ def park(stored: bytes | None, base: dict[str, Any], reason: str, message: str, 
 
 
 def changed(header: dict[str, Any], at_ms: int) -> dict[str, int]:
-    """Return the entry for a change at this time, which may be that of a record that was held for long; nothing if the header is of no instance, or forged."""
-    before = header.get("updated")
-    return {"updated": max(before, at_ms)} if isinstance(before, int) else {}
+    """Return the entry for a change at this time, which may be that of a record that was held for long; nothing if the header is of no instance."""
+    return {"updated": max(header["updated"], at_ms)} if "updated" in header else {}
 
 
 def unpark(stored: bytes, keys: Keys = ()) -> bytes | None:

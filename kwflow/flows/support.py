@@ -37,8 +37,7 @@ def begin_attempt(name: str, arguments: bytes, number: int, key: str, heartbeat:
 
 def heartbeat_of(attempt: ActivityWait) -> dict[str, Any] | None:
     """The last heartbeat of an attempt that has ended in this step; None if it gave none."""
-    given = heartbeats_of(current().instance.extra).get(attempt.ref)
-    return given if isinstance(given, dict) and isinstance(given.get("at"), int) and "details" in given else None  # the header may have been forged
+    return heartbeats_of(current().instance.extra).get(attempt.ref)
 
 
 def within_limit(name: str, attempt: ActivityWait) -> Awaitable:

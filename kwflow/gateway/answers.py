@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from kwflow.core import queues
+from kwflow.core import header, queues
 from kwflow.runners import rows
 
 __all__ = ["Ended", "Health", "Held", "LentCall", "Locked", "Made", "Running", "Workflow", "Workflows"]
@@ -79,20 +79,20 @@ class Workflow(msgspec.Struct, frozen=True):
     workflow: str
     status: str
     start_id: str
-    waits: Annotated[list[rows.Wait], Meta(description="The first 100 of waits_total.")]
+    waits: Annotated[list[header.Wait], Meta(description="The first 100 of waits_total.")]
     waits_total: int
     created: _Ms | UnsetType = UNSET
     updated: _Ms | UnsetType = UNSET
     ended: _Ms | UnsetType = UNSET
     status_value: Annotated[Any, Meta(description="The status set by kw.set_status.")] = UNSET
-    outcome: rows.Outcome | UnsetType = UNSET
-    parked: rows.Parked | UnsetType = UNSET
-    cancel: rows.Cancel | UnsetType = UNSET
+    outcome: header.Outcome | UnsetType = UNSET
+    parked: header.Parked | UnsetType = UNSET
+    cancel: header.Cancel | UnsetType = UNSET
     client: str | UnsetType = UNSET
     parent: Annotated[str | UnsetType, Meta(description="ID|REF of the workflow that started it as its child.")] = UNSET
-    forked: rows.Forked | UnsetType = UNSET
+    forked: header.Forked | UnsetType = UNSET
     checkpoints: Annotated[tuple[int, int] | UnsetType, Meta(description="Number of the first checkpoint, and one more than that of the last.")] = UNSET
-    heartbeats: Annotated[dict[str, rows.Heartbeat] | UnsetType, Meta(description="The last heartbeats of running activities, by the ref of the wait.")] = UNSET
+    heartbeats: Annotated[dict[str, header.Heartbeat] | UnsetType, Meta(description="The last heartbeats of running activities, by the ref of the wait.")] = UNSET
     mailbox: Annotated[dict[str, dict[str, int]] | UnsetType, Meta(description="Number of unread messages, by kind and name.")] = UNSET
 
 

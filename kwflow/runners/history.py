@@ -21,7 +21,6 @@ from kwflow.errors import ProtocolError, SnapshotError
 from kwflow.ports import Decision
 from kwflow.runners import parked
 from kwflow.runners.instances import status_of
-from kwflow.runners.rows import checked_header
 
 __all__ = ["History"]
 
@@ -106,8 +105,8 @@ def _header(stored: bytes | None) -> dict[str, Any]:
     header: dict[str, Any] = {"status": "damaged"} if stored is not None else {}
     with contextlib.suppress(SnapshotError):
         if stored is not None:
-            header = checked_header(snapshot.read_header(stored))
-            header = {**checked_header(snapshot.read_inner_header(stored)), **{name: header[name] for name in ("status", "parked") if name in header}}
+            header = snapshot.read_header(stored)
+            header = {**snapshot.read_inner_header(stored), **{name: header[name] for name in ("status", "parked") if name in header}}
     return header
 
 

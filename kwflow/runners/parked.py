@@ -101,8 +101,8 @@ def park(config: Config, state: Changes, name: str, stored: bytes | None, record
     _put(state, name, kept, _last(state, name)[1])
     told = dead_letter(config, record, "parked", f"{reason}: {message}", received_ms)
     in_log = error.in_log if isinstance(error, UncaughtError) else message
-    workflow = str(snapshot.read_header(data).get("workflow", ""))  # of an unsigned header it may be anything
-    return Decision((told,), (f"{name} is parked: {reason}: {in_log}{ran}",), ("parked",), replies, runs=(RunEvent(workflow, "parked"),))
+    run = RunEvent(snapshot.read_header(data)["workflow"], "parked")
+    return Decision((told,), (f"{name} is parked: {reason}: {in_log}{ran}",), ("parked",), replies, runs=(run,))
 
 
 def old_code(config: Config, name: str, stored: bytes) -> list[str]:

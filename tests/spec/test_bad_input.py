@@ -387,3 +387,42 @@ def test_a_start_that_names_no_workflow_where_none_is_the_default_says_what_ther
     [made] = processor.decide(Overlay(MemoryStore()), [Record("workflow-resume", 0, 7, 0, b"w", b"new:1")], 0)
     assert made.counts == ("dead-letter",)
     assert "@7: it names no workflow, and there is no default one, as the engine's first module has no main; there are: " in made.logs[0] and made.logs[0].endswith(", trip")
+
+
+@pytest.fixture
+def forgeable() -> WorkflowTester:
+    return WorkflowTester(durable.load_source("forgeable", SOURCE, "forgeable.py").main)
+
+
+FIELDS = (
+    "applied", "calls", "cancel", "checkpoints", "client", "code", "created", "forked", "heartbeats", "id", "ids", "key", "lowering", "mailbox", "minor", "outcome", "parent", "parked", "start_id",
+    "status", "status_value", "updated", "updates", "v", "waits", "workflow",
+)  # fmt: skip
+FORGED: list[Any] = ["x", None, 5.5, [1], {"a": 1}, {"x": {}}, 10**18]
+COMMANDS = {
+    "cancel": None, "discard": None, "fork": {"id": "copy"}, "heartbeat": {"ref": "first", "details": 1}, "migrate": {"in_place": True}, "pause": None, "query": None, "retry": None,
+    "rewind": {"to": 0}, "signal": {"name": "s"}, "terminate": None, "unpause": None, "update": {"name": "u"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("paused", [False, True], ids=["waiting", "paused"])
+@pytest.mark.parametrize("field", FIELDS)
+def test_whatever_a_forged_header_says_stops_no_engine(forgeable: WorkflowTester, field: str, paused: bool) -> None:
+    """G3: without signing keys, the changelog is as trustworthy as those who may write to it.  One record must not end an engine, and then the next one."""
+    w = forgeable
+    w.start("w")
+    if paused:
+        w.command("w", "pause")
+    was = w.state.entries[b"w"]
+    for forged in FORGED:
+        for op, arguments in [("resume", None), ("start", None), *COMMANDS.items()]:
+            w.state.apply({b"w": snapshot.amend(was, **{field: forged}), b"copy": None})
+            if op == "resume":
+                w.resume("w", "first", "unsavable")
+            elif op == "start":
+                w.start("w")
+            else:
+                w.send("w", msgspec.json.encode(arguments), {"kwflow-op": op, "kwflow-id": "x", "kwflow-request": "r", "kwflow-reply-to": "0/test"})
+            w.send("w", b"null", {"kwflow-op": "terminate"})
+    w.start("other")
+    assert w.header("other")["status"] == "waiting"

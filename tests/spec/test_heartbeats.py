@@ -290,7 +290,7 @@ def test_calls_that_were_made_before_the_heartbeat_was_declared_go_on() -> None:
 
 
 @pytest.mark.parametrize("forged", [5, None, ["0:1"], {"0:1": 5}, {"0:1": {"at": "now"}}])
-def test_heartbeats_of_a_forged_header_end_nothing_and_are_gone_with_the_next_step(forged: Any) -> None:
+def test_with_forged_heartbeats_an_instance_is_damaged_and_continues_once_it_is_repaired(forged: Any) -> None:
     """Without `signing_keys`, whoever writes to the changelog may write anything there."""
     site = Site()
     site.fails = {1: (1, HANGS), 2: (1, OSError("refused"))}
@@ -301,8 +301,12 @@ def test_heartbeats_of_a_forged_header_end_nothing_and_are_gone_with_the_next_st
     site.tester.state.apply({b"w": snapshot.amend(stored, (), heartbeats=forged)})
     assert site.tester.command("w", "heartbeat", {"ref": ref, "details": 2})["status"] == "unknown_ref"
     site.tester.resume("w", ref, error={"kind": "activity", "type": "OSError", "message": "refused"})
+    assert "heartbeats" in site.tester.header("w")["parked"]["message"]
+    mark = site.tester.header("w")["parked"]
+    site.tester.state.apply({b"w": snapshot.park(stored, {}, mark["reason"], mark["message"], mark["offset"])})
+    site.tester.command("w", "retry")
     site.tester.finish("w")
-    assert site.begun == [None, None, 1] and site.tester.result("w") == 2
+    assert site.begun == [None, 1, 1] and site.tester.result("w") == 2
 
 
 @pytest.mark.parametrize("waits", [5, None, [5], [{}], [{"ref": "0:1"}], {"ref": "0:1"}])

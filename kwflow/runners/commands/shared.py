@@ -15,7 +15,6 @@ from kwflow.durable.versions import Sources
 from kwflow.errors import SnapshotError
 from kwflow.ports import Changes, Decision
 from kwflow.runners import parked
-from kwflow.runners.rows import checked_header
 
 __all__ = ["Batch", "done", "header_of", "joined", "replied"]
 
@@ -51,10 +50,10 @@ class Batch(Protocol):
 
 
 def header_of(config: Config, name: str, stored: bytes | None) -> dict[str, Any]:
-    """The stored header; that of a damaged instance if it cannot be read or has fields of wrong types, which would end the engine."""
+    """The stored header; that of a damaged instance if it cannot be read."""
     empty = {"id": name, "workflow": "", "status": "damaged", "start_id": "", "waits": []}
     try:
-        return checked_header({**empty, **snapshot.split(stored, config.signing_keys)[0]}) if stored is not None else empty
+        return {**empty, **snapshot.split(stored, config.signing_keys)[0]} if stored is not None else empty
     except SnapshotError:
         return empty
 
