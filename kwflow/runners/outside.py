@@ -22,7 +22,7 @@ from kwflow.runners.embedded.socket import submit, submit_all
 from kwflow.runners.embedded.state import EmbeddedStore, read_only, records_of
 from kwflow.runners.groups import Group
 from kwflow.runners.instances import Filter, Found, header_of, newest_of
-from kwflow.runners.parked import HOLD
+from kwflow.runners.parked import HOLD, kept
 
 __all__ = [
     "Entry", "Wanted", "Write", "all_snapshots", "asked", "checkpoints", "code_store", "entry", "instances", "missing", "read", "send", "snapshots", "sole_writer", "states", "stored", "text_of",
@@ -127,11 +127,11 @@ def entry(settings: Config, embedded: Path | None, id: str, held_max: int, at: i
     key = id.encode("utf-8", "surrogateescape")
     prefix, earlier = HOLD + key + b"\0", entry_key(key, at or 0)
     found = _entries(settings, embedded, key, {key}, prefix) if at is None else _entries(settings, embedded, key, {key, earlier})
-    held = [value for other, value in sorted(found.items()) if other.startswith(prefix)]
+    held = [entry for entry in sorted(found.items()) if entry[0].startswith(prefix)]
     data = found.get(key if at is None else earlier)
     if data is None or key not in found:
         return None
-    return Entry(data, len(held), [msgspec.msgpack.decode(value, type=Record) for value in held[:held_max]], extent(header_of(found[key])))
+    return Entry(data, len(held), [kept(*entry) for entry in held[:held_max]], extent(header_of(found[key])))
 
 
 def checkpoints(settings: Config, embedded: Path | None, id: str) -> dict[int, bytes]:

@@ -24,7 +24,7 @@ from kwflow.runners.instances import Page
 
 __all__ = [
     "ADDRESS", "DRAINED_MAX", "HOLD", "SAID", "all_held", "answered", "dead", "dead_letter", "drop_head", "forward", "has_failed", "held_keys", "hold", "hold_again", "hold_all", "holding", "holds",
-    "is_paused", "of_hold", "old_code", "park", "park_rest", "release", "remnant",
+    "is_paused", "kept", "of_hold", "old_code", "park", "park_rest", "release", "remnant",
 ]  # fmt: skip
 
 DRAINED_MAX = 500
@@ -180,13 +180,22 @@ def held(state: Changes, name: str) -> list[Record]:
     found: list[Record] = []
     for key, value in list(itertools.islice(state.scan(_prefix(name)), DRAINED_MAX)):
         state.put(key, None)
-        found.append(msgspec.structs.replace(msgspec.msgpack.decode(value, type=_Held), place=_place(key)))
+        found.append(kept(key, value))
     return found
 
 
 def held_keys(state: Changes, name: str) -> set[bytes]:
     """Return the keys of everything that it holds."""
     return {key for key, _ in state.scan(_prefix(name))}
+
+
+def kept(key: bytes, value: bytes) -> Record:
+    """The record of an entry of a hold.  An entry that nobody can read becomes a record of its bytes, which is dead-lettered when its turn comes."""
+    place = _place(key)
+    try:
+        return msgspec.structs.replace(msgspec.msgpack.decode(value, type=_Held), place=place)
+    except msgspec.DecodeError:
+        return _Held("", 0, place, 0, of_hold(key), value, (("kwflow-op", b"unreadable"),), place)
 
 
 def hold_again(state: Changes, records: Sequence[Record]) -> None:
@@ -206,7 +215,7 @@ def drop_head(state: Changes, name: str) -> Record | None:
     """Take out and return the first record of the hold; None if there is none."""
     for key, value in itertools.islice(state.scan(_prefix(name)), 1):
         state.put(key, None)
-        return msgspec.msgpack.decode(value, type=Record)
+        return kept(key, value)
     return None
 
 
@@ -230,7 +239,7 @@ def holds(state: Mapping[bytes, bytes]) -> dict[str, list[Record]]:
     """Id -> the records that each parked instance holds, in order, for inspection."""
     found: dict[str, list[Record]] = {}
     for key in sorted(key for key in state if key.startswith(HOLD)):
-        found.setdefault((of_hold(key) or b"").decode(), []).append(msgspec.msgpack.decode(state[key], type=Record))
+        found.setdefault((of_hold(key) or b"").decode(), []).append(kept(key, state[key]))
     return found
 
 

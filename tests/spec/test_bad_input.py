@@ -426,3 +426,19 @@ def test_whatever_a_forged_header_says_stops_no_engine(forgeable: WorkflowTester
             w.send("w", b"null", {"kwflow-op": "terminate"})
     w.start("other")
     assert w.header("other")["status"] == "waiting"
+
+
+@pytest.mark.parametrize("entry", [b"", b"rubbish", b"5", msgspec.msgpack.encode(["w", 0])])
+@pytest.mark.parametrize("op", ["retry", "discard", "terminate"])
+def test_an_entry_of_a_hold_that_nobody_can_read_is_dead_lettered_in_its_turn_and_hides_no_other(engine: WorkflowTester, entry: bytes, op: str) -> None:
+    """G3: it was damaged, or forged."""
+    engine.start("w")
+    engine.resume("w", "first", "unsavable")
+    engine.resume("w", "second", 2)
+    engine.broken[0] = False  # type: ignore[attr-defined]
+    [_, key] = [key for key in engine.state.entries if key.startswith(parked.HOLD)]
+    engine.state.apply({key: entry})
+    assert [record.value for record in parked.holds(engine.state.entries)["w"]][1] == entry
+    assert engine.command("w", op)["status"] == "ok"
+    letters = [output.value for output in engine.outputs if output.topic == engine.config.dead_letter_topic and (output.value or b"") == entry]
+    assert letters == ([entry] if op != "terminate" else []) and not parked.holds(engine.state.entries)
