@@ -1,20 +1,23 @@
 """Feeds on a real broker: each record of a foreign topic once, whoever is killed and whatever happens to the topic (decision 0058)."""
 
+import gc
 import json
 import pathlib
 import random
 import signal
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 
 import pytest
-from confluent_kafka import ConsumerGroupState, ConsumerGroupTopicPartitions, KafkaException, Producer, TopicPartition
+from confluent_kafka import ConsumerGroupState, ConsumerGroupTopicPartitions, KafkaException, Producer, TopicPartition, Uuid
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewPartitions, NewTopic, ResourceType
 
 from kwflow.config import Config
 from kwflow.core.wire import Record, header
 from kwflow.runners.kafka import link as kafka_link
+from kwflow.runners.kafka import topics
 from tests.integration.site import ROOT, Site
 
 MODULE = str(pathlib.Path(__file__).parent / "site_of_feeds.py")
@@ -236,6 +239,21 @@ def test_what_the_broker_takes_no_letter_of_answers_nobody_whatever_its_headers_
     [letter] = site.letters()
     assert (letter.key, letter.value, header(letter, "kwflow-error-reason"), header(letter, "kwflow-error-offset")) == (b"k", None, "refused", "0")
     assert not any(record.key == waiting for topic in (site.topic("resume"), site.config.reply_topic) for record in kafka_link.read(site.config, topic))
+
+
+def test_the_id_of_a_topic_is_freed_however_often_it_is_asked_for_and_not_before_its_description(site: Feeds) -> None:
+    """A feed asks for it with each transaction, and confluent-kafka forgets a reference to each."""
+
+    def ids() -> int:
+        gc.collect()
+        return sum(type(found) is Uuid for found in gc.get_objects())
+
+    before, others = ids(), {topics.describe(site.admin, site.config, site.config.owners_topic) for _ in range(20)}
+    assert len(others) == 1 and ids() == before
+    ours = types.SimpleNamespace(topic_id=Uuid(1, 2))  # of a library that forgets none
+    for _ in range(20):
+        assert topics.id_of(ours) == str(Uuid(1, 2))
+    assert ids() == before + 1
 
 
 def test_feeds_that_nobody_runs_are_told_of_and_what_cannot_be_a_feed_is_wrong_usage(site: Feeds, tmp_path: pathlib.Path) -> None:

@@ -58,7 +58,7 @@ class Foreign:
     def _id(self) -> str:
         """The topic's id; empty if there is no such topic.  Raises KafkaException."""
         try:
-            return str(topics.result_of(self._member.admin.describe_topics(TopicCollection([self._topic]), request_timeout=_ANSWER_S)[self._topic], _ANSWER_S).topic_id)
+            return topics.id_of(topics.result_of(self._member.admin.describe_topics(TopicCollection([self._topic]), request_timeout=_ANSWER_S)[self._topic], _ANSWER_S))
         except KafkaException as error:
             if error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
                 return ""
