@@ -63,4 +63,5 @@ def size_of(item: Dispatch) -> int:
 
 
 def decode(data: bytes) -> Dispatch:
+    """Raises msgspec.DecodeError for an entry that was damaged or forged."""
     return _decoder.decode(data)

@@ -12,12 +12,14 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from kwflow.core.contract import CHECKPOINTS_MAX
-from kwflow.core.wire import Address
+from kwflow.core.wire import Address, is_engine_id
 from kwflow.errors import CorruptSnapshotError
 
 __all__ = ["Cancel", "Forked", "Heartbeat", "Outcome", "Parked", "Wait", "check"]
 
 Ms = int  # since 1970
+
+_NEEDED = {"activity": "ref", "child": "child", "job": "queue"}  # by kind of wait: the entry by which whoever works for it is told that nobody waits any more
 
 
 class Wait(msgspec.Struct):
@@ -126,6 +128,9 @@ def check(header: Any) -> dict[str, Any]:
     for status, entry in (("parked", told.parked), ("ended", told.ended)):
         if told.status == status and entry is UNSET:
             raise CorruptSnapshotError(f"the header of a snapshot is invalid: its status is {status}, and it has no `{status}`")
+    for wait in told.waits:
+        if wait.kind in _NEEDED and not (is_engine_id(wait.ref) and getattr(wait, _NEEDED[wait.kind])):
+            raise CorruptSnapshotError(f"the header of a snapshot is invalid: it waits for {wait.kind} {wait.ref!r}")
     first, current = told.checkpoints
     if not 0 <= first <= current <= first + CHECKPOINTS_MAX:
         raise CorruptSnapshotError(f"the header of a snapshot is invalid: checkpoints {first} to {current}")

@@ -348,7 +348,7 @@ class WorkflowBatch:
         """The activity calls behind these waits.  Calls made in this batch are not in the state yet."""
         made = {item.ref: item for item in self._calling(name) if isinstance(item, Dispatch)}
         stored = {ref: self.state.get(state_key(name, ref)) for ref in refs}
-        return {ref: decode(data) if data is not None else made.get(ref) for ref, data in stored.items()}
+        return {ref: _decoded(data) if data is not None else made.get(ref) for ref, data in stored.items()}
 
     def put(self, key: bytes, data: bytes, modules: Sequence[Module] = ()) -> None:
         """Save an instance that no step has changed, and charge it to the budget: each fork is as large as its original."""
@@ -392,6 +392,13 @@ def _go_on_numbering(live: Live, header: dict[str, Any]) -> None:
     before = live.instance.extra.get("checkpoints") if live.instance is not None else live.checkpoints
     if before is not None:
         header.setdefault("checkpoints", before)
+
+
+def _decoded(data: bytes) -> Dispatch | None:
+    try:
+        return decode(data)
+    except msgspec.DecodeError:  # nobody can read it, so it is as good as none
+        return None
 
 
 def _begun(live: Live, workflow: str, now_ms: int) -> tuple[RunEvent, ...]:

@@ -399,6 +399,7 @@ FIELDS = (
     "status", "status_value", "updated", "updates", "v", "waits", "workflow",
 )  # fmt: skip
 FORGED: list[Any] = ["x", None, 5.5, [1], {"a": 1}, {"x": {}}, 10**18]
+WAITS = [[{"ref": "x", "kind": kind, "since": 1}] for kind in ("activity", "child", "job", "signal", "suspension", "timer", "update", "x")]
 COMMANDS = {
     "cancel": None, "discard": None, "fork": {"id": "copy"}, "heartbeat": {"ref": "first", "details": 1}, "migrate": {"in_place": True}, "pause": None, "query": None, "retry": None,
     "rewind": {"to": 0}, "signal": {"name": "s"}, "terminate": None, "unpause": None, "update": {"name": "u"},
@@ -414,7 +415,7 @@ def test_whatever_a_forged_header_says_stops_no_engine(forgeable: WorkflowTester
     if paused:
         w.command("w", "pause")
     was = w.state.entries[b"w"]
-    for forged in FORGED:
+    for forged in FORGED + (WAITS if field == "waits" else []):
         for op, arguments in [("resume", None), ("start", None), *COMMANDS.items()]:
             w.state.apply({b"w": snapshot.amend(was, **{field: forged}), b"copy": None})
             if op == "resume":

@@ -119,6 +119,9 @@ def test_the_value_may_hold_the_separator_and_headers_travel(scheduler: Schedule
         scheduler.store.entries[key] = b"a\x017\0b\x01" if key.endswith(b"x|1") else b""  # headers as 0.1.0 wrote them, and none
     old = scheduler.processor.due(Overlay(scheduler.store), 1, 10)
     assert old is not None and [output.headers for output in old.outputs] == [(), (("a", b"7"), ("b", b""))]
+    scheduler.store.apply({key: b"\2rubbish" for key in scheduler.store.entries if key.startswith(b"\0due\0")})
+    damaged = scheduler.processor.due(Overlay(scheduler.store), 1, 10)
+    assert damaged is not None and [output.headers for output in damaged.outputs] == [(), ()], "a timer whose headers cannot be read fires without them"
 
 
 @pytest.mark.parametrize(

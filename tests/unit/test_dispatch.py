@@ -477,6 +477,19 @@ def test_an_async_call_withdrawn_before_its_first_line_gives_its_slot_back(engin
     engine.until(lambda: engine.dispatcher.busy == 0 and engine.dispatcher._running == 0)
 
 
+@pytest.mark.parametrize("entry", [b"", b"rubbish", b"5"])
+def test_an_entry_of_a_call_that_nobody_can_read_is_named_and_hides_no_other(entry: bytes) -> None:
+    """G3: it was damaged, or forged."""
+    engine, activity = Engine(), make(lambda: 1)
+    later = Dispatch("w", "2:1", activity.name, 1, "2:1", b"{}")
+    engine.store.apply({state_key("w", "1:1"): entry, state_key("w", "2:1"): encode(later)})
+    engine.dispatcher.own(0, engine.store)
+    assert engine.answer() == {"ref": "2:1", "value": 1}
+    [line] = engine.lines
+    assert "0000000001\\x00w' cannot be read, and is not started" in line
+    engine.dispatcher.close()
+
+
 def test_ten_thousand_waiting_calls_stay_in_the_store_and_run_in_order_at_most_so_many_at_a_time(tmp_path: pathlib.Path) -> None:
     """M6.2: the queue does not grow in memory."""
     engine, held = Engine(concurrency=8), Embedded(tmp_path, sync=False)

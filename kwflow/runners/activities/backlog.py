@@ -7,7 +7,9 @@ no memory, and a new owner of a partition finds what its predecessor left (at-le
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+import msgspec
 
 from kwflow.core.dispatch import PREFIX, Dispatch, decode, state_key
 from kwflow.ports import Store
@@ -32,8 +34,9 @@ class _Owned:
 class Backlog:
     """The waiting calls of the owned partitions.  A caller decides whether each call that it is given becomes ready (`room`) before it asks for the next."""
 
-    def __init__(self, ready_max: int) -> None:
+    def __init__(self, ready_max: int, on_log: Callable[[str], None]) -> None:
         self.ready_max = ready_max
+        self._on_log = on_log
         self._ready = 0
         self._bytes = 0
         self._owned: dict[int, _Owned] = {}
@@ -101,9 +104,10 @@ class Backlog:
             if self.full or share <= 0:
                 return
             share -= 1
-            waiting = owned.store.get(owned.late.popleft())
+            key = owned.late.popleft()
+            waiting = owned.store.get(key)
             if waiting is not None:  # None: it was withdrawn meanwhile
-                yield decode(waiting)
+                yield from self._read(key, waiting)
         if not owned.more:
             return
         for key, data in owned.store.scan(PREFIX, owned.cursor + b"\0"):
@@ -111,5 +115,14 @@ class Backlog:
                 return
             share -= 1
             owned.cursor = key
-            yield decode(data)
+            yield from self._read(key, data)
         owned.more = False
+
+    def _read(self, key: bytes, data: bytes) -> Iterator[Dispatch]:
+        """Yield the call of an entry.  One that nobody can read (it was damaged, or forged) stays where it is, and hides no other."""
+        try:
+            call = decode(data)
+        except msgspec.DecodeError as error:
+            self._on_log(f"an activity call under {key!r} cannot be read, and is not started: {error}")
+        else:
+            yield call

@@ -70,7 +70,7 @@ class Dispatcher:
         self._span = span or (lambda _: _UNTRACED)
         self._details = details or (lambda store, call: lambda: None)
         self._bytes_max = result_bytes_max, record_bytes_max
-        self._backlog = Backlog(concurrency * _READY_FACTOR)
+        self._backlog = Backlog(concurrency * _READY_FACTOR, on_log)
         self._jobs: dict[tuple[int, str, str], Job] = {}
         self._ready: deque[Job] = deque()
         self._gathered: dict[str, Gathered] = {}
