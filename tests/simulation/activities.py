@@ -52,6 +52,21 @@ def queued(plan: list[str]) -> dict[str, int]:
     return attempt(plan)
 
 
+@kw.activity(name="sim-queued-beating", queue=QUEUE, heartbeat=120, retry=kw.Retry(max_attempts=ATTEMPTS_MAX, first=0.5, jitter=0.5))
+def queued_beating(plan: list[str]) -> dict[str, int]:
+    """The same in a worker, which asks an engine for the details.  An attempt that fails gives some more just before that."""
+    info = kw.activity_info()
+    begun = probes.begin(info)
+    runs = info.heartbeat_details or []
+    probes.looked(begun, runs)
+    info.heartbeat([*runs, info.attempt])
+    try:
+        return outcome(info, plan)
+    except ValueError:
+        info.heartbeat([*runs, info.attempt, info.attempt])
+        raise
+
+
 @kw.activity(name="sim-queued-timed", queue=QUEUE, timeout=4, retry=kw.Retry(max_attempts=ATTEMPTS_MAX, first=0.5, jitter=0.5))
 def queued_timed(plan: list[str]) -> dict[str, int]:
     return attempt(plan)
@@ -78,5 +93,5 @@ def mailed_together(calls: list[kw.Call]) -> list[Any]:
     return found
 
 
-KINDS = {"mailed": mailed, "queued": queued, "queued-timed": queued_timed, "timed": timed, "work": work}
-QUEUES = {"mailed": MAIL, "queued": QUEUE, "queued-timed": QUEUE}
+KINDS = {"mailed": mailed, "queued": queued, "queued-beating": queued_beating, "queued-timed": queued_timed, "timed": timed, "work": work}
+QUEUES = {"mailed": MAIL, "queued": QUEUE, "queued-beating": QUEUE, "queued-timed": QUEUE}

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 
-_SELDOM = {"commit-offsets": 10, "watermarks": 5}  # calls that a worker makes only once a second or less -> how many times as often they go wrong
+_SELDOM = {"commit-offsets": 10, "watermarks": 5, "revoke": 20}  # calls that a worker makes only once a second or less -> how many times as often they go wrong
+_WITH_HEIRS = 20  # how many times as often a process freezes before it commits, in seeds in which zombies go on just when their heirs come
 
 
 class Crashed(BaseException):
@@ -41,6 +42,7 @@ class Faults:
     rebalance: float = 0.0  # of each send_offsets: a stranger joins the group while a batch is being committed
     trickle: float = 0.0  # of each read of a restore, which then takes long
     at: str = ""  # crash and freeze happen only at this call
+    wake: str = ""  # a zombie goes on when its heir makes this request, with which it looks where to begin
     crash_call: int = 0  # if not 0, crash at the n-th request, write or answer, and at no other
     freeze_ms: tuple[int, int] = (0, 40_000)
     markers_ms: float = 2.0  # how long after the decision a transaction's markers come
@@ -74,6 +76,8 @@ class Process(Host):
         self._pause(self.time.now + chance.expovariate(3.0))
         if self.world.calm:
             return
+        if what == faults.wake:
+            self.world.wake_zombies()
         self._count(f"before {what}")
         if faults.at in ("", what) and chance.random() < faults.crash * _SELDOM.get(what, 1):
             self.crash(f"before {what}")
@@ -93,7 +97,7 @@ class Process(Host):
         if what == "commit-offsets" and chance.random() < faults.rebalance:
             self.world.rebalance_workers()
             self._pause(self.time.now + 1_500 * chance.random())
-        if faults.at in ("", what) and chance.random() < faults.freeze * _SELDOM.get(what, 1):
+        if faults.at in ("", what) and chance.random() < faults.freeze * (_WITH_HEIRS if faults.wake and what == "commit" else _SELDOM.get(what, 1)):
             low, high = faults.freeze_ms
             self.freeze(low + (high - low) * chance.random() ** 2)
             self._pause(self.time.now)
@@ -164,6 +168,12 @@ class Process(Host):
         self.world.happened["freeze"] += 1
         self.running = False
         self._thaw_ms = self.time.now + ms
+
+    def wake(self) -> None:
+        """Go on now, if it is frozen."""
+        if self.alive and not self.running:
+            self.running = True
+            self.world.hub.hasten(self.name, self._thaw_ms)
 
     def _pause(self, until: float, watch: bool = False) -> None:
         self._check()

@@ -28,6 +28,8 @@ class Call:
     offset: int
     id: str
     ref: str
+    key: str
+    attempt: int
     sent_ms: float
     headers: tuple[tuple[str, bytes | None], ...]  # which its answer must carry
     answers: list[Entry] = dataclasses.field(default_factory=list)
@@ -71,6 +73,8 @@ def check(world: World, ledger: Ledger) -> None:
         _Noted(book, calls).check()
         _given_back(book)
         begun = _begun(book, ledger, calls)
+        if not world.rewind_share:  # a workflow that goes back takes its details with it
+            _continued(world, ledger, book, calls, begun)
         for call in calls:
             _beginnings(call, begun[call])
             _died(book, call)
@@ -102,7 +106,7 @@ def _calls(world: World, ledger: Ledger) -> list[Call]:
     found: list[Call] = []
     for number in range(world.partitions):
         for entry in ledger.visible((world.config.resume_topic, number)):
-            told = _json(entry) if entry.transaction is None and not any(name == "kwflow-sim-sent" for name, _ in entry.headers) else None
+            told = _json(entry) if entry.transaction is None and dict(entry.headers).keys().isdisjoint({"kwflow-sim-sent", "kwflow-op"}) else None
             if isinstance(told, dict) and "ref" in told:
                 answers[(entry.key or b"").decode(), told["ref"]].append(entry)
     made: dict[tuple[str, str], Call] = {}
@@ -117,7 +121,8 @@ def _calls(world: World, ledger: Ledger) -> list[Call]:
                 id, ref, sent_ms = asked["workflow_id"], asked["ref"], _visible_ms(entry)
                 before = made.get((id, ref))
                 mine = [answer for answer in answers[id, ref] if before is None or _visible_ms(answer) >= sent_ms]
-                call = last[entry.key] = made[id, ref] = Call(place, entry.offset, id, ref, sent_ms, _travelling(entry), mine, done_ms=min(map(_visible_ms, mine), default=_NEVER), before=before)
+                names, done_ms = (asked["idempotency_key"], asked["attempt"]), min(map(_visible_ms, mine), default=_NEVER)
+                call = last[entry.key] = made[id, ref] = Call(place, entry.offset, id, ref, *names, sent_ms, _travelling(entry), mine, done_ms=done_ms, before=before)
                 if before is not None:
                     before.answers = [answer for answer in before.answers if answer not in mine]
                 found.append(call)
@@ -219,6 +224,55 @@ def _beginnings(call: Call, begun: list[tuple[Begun, Taken]]) -> None:
     for taken, count in collections.Counter(taken for _, taken in begun).items():
         if count > 1:
             raise Failed(f"M6.6: {taken.process} began {call} {count} times while it had the partition")
+
+
+# -- where they continue -----------------------------------------------------------------------------------------------
+class _Details:
+    """The heartbeat details of calls, by the log alone: an attempt has those of the one before it until it gives its own."""
+
+    def __init__(self, world: World, ledger: Ledger, calls: list[Call]) -> None:
+        self.given: dict[tuple[str, str], list[tuple[float, list[int]]]] = collections.defaultdict(list)
+        for number in range(world.partitions):
+            for entry in ledger.visible((world.config.resume_topic, number)):
+                if ("kwflow-op", b"heartbeat") in entry.headers:
+                    told = _json(entry)
+                    self.given[(entry.key or b"").decode(), told["ref"]].append((entry.appended_ms, told["details"]))
+        self.calls = calls
+
+    def may_find(self, call: Call, asked_ms: float, answered_ms: float) -> list[list[int]]:
+        """What an attempt may be told that has asked then: the last details that were in the log before, or what was written while it waited."""
+        given = self.given[call.id, call.ref]
+        before = [details for ms, details in given if ms <= asked_ms]
+        return [*(before[-1:] or self._first(call)), *(details for ms, details in given if asked_ms < ms <= answered_ms)]
+
+    def _first(self, call: Call) -> list[list[int]]:
+        """What the attempt before this call has left behind when it had failed, or while its failure waited because the workflow was parked or paused."""
+        last = next((other for other in self.calls if (other.key, other.attempt) == (call.key, call.attempt - 1)), None)
+        if last is None:
+            return [[]]
+        given = self.given[last.id, last.ref]
+        before = [details for ms, details in given if ms <= last.done_ms]
+        return [*(before[-1:] or self._first(last)), *(details for ms, details in given if last.done_ms < ms <= call.sent_ms)]
+
+
+def _continued(world: World, ledger: Ledger, book: Book, calls: list[Call], begun: dict[Call, list[tuple[Begun, Taken]]]) -> None:
+    """An attempt that fails has its last details in the log.  The next one finds the last ones there, whoever gave them, unless nobody waits for it any more."""
+    of = {one: call for call, mine in begun.items() for one, _ in mine}
+    details = _Details(world, ledger, calls)
+    for call, [(one, taken), *more] in begun.items():
+        failed = [answer for answer in call.answers if b'"type":"ValueError"' in (answer.value or b"") and answer.appended_ms <= taken.ended_ms]
+        given = details.given[call.id, call.ref]
+        if failed and given and not more and not any(told[-2:] == [call.attempt] * 2 and ms <= failed[0].appended_ms for ms, told in given):
+            raise Failed(f"M6.6: {one.process} had an attempt of {call} that failed at {failed[0].appended_ms:.1f}, and what it had said before is not in the log: {given}")
+    for looked in book.looked:
+        call = of.get(looked.begun)
+        if call is None or call.done_ms <= looked.ms or "-" in call.id:  # a copy begins with the details of its original
+            continue
+        may = details.may_find(call, looked.begun.ms, looked.ms)
+        if looked.runs not in may:
+            raise Failed(f"M6.6: {looked.begun.process} continued {call} at {looked.ms:.1f} from {looked.runs}, and the last details were {may}")
+        world.happened["details that a worker was told"] += bool(looked.runs)
+        world.happened["details that a dead worker gave"] += looked.runs[-1:] == [call.attempt]
 
 
 # -- what workers died with --------------------------------------------------------------------------------------------

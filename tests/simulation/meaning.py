@@ -9,6 +9,7 @@ import collections
 import datetime
 import json
 import re
+from collections.abc import Collection
 from typing import Any
 
 from kwflow.core import snapshot
@@ -21,6 +22,7 @@ from tests.simulation.releases import NAME, Release
 from tests.simulation.world import Failed, World
 
 Reply = tuple[str, Any]
+UNPLANNED = ("WorkerDied", "OutcomeUnknown", "TransportError")  # how attempts in workers fail whatever their plan is: with their worker, or as nobody has told them where to continue
 
 
 def check(world: World, ledger: Ledger) -> None:
@@ -128,22 +130,26 @@ def _saga(log: _Log, id: str) -> None:
 
 
 # -- activities ----------------------------------------------------------------------------------------------------------
-def outcomes(kind: str, plan: list[str], died: bool = False) -> set[Any]:
-    """How a call with this plan may end: in one way, unless its attempts have a timeout (which an engine that is down lets pass), or workers died with it."""
+def outcomes(kind: str, plan: list[str], failures: Collection[str] = ()) -> set[Any]:
+    """How a call with this plan may end: in one way, unless its attempts have a timeout (which an engine that is down lets pass), or have failed in these other ways."""
     found: set[Any] = set()
     limited = kind.endswith("timed")
     for attempt in range(1, ATTEMPTS_MAX + 1):
         word = plan[min(attempt, len(plan)) - 1]
         if word not in ("fail", "kill"):
             found.add("refused" if word == "refuse" else attempt)
-        if found and not limited and not died:
+        if found and not limited and not failures:
             return found
-    return found | {"ValueError"} | ({"Timeout"} if limited else set()) | ({"WorkerDied"} if died else set())
+    return found | {"ValueError"} | ({"Timeout"} if limited else set()) | set(failures)
+
+
+def _unplanned(entry: Entry) -> list[str]:
+    return [type for type in UNPLANNED if b'"type":"%s"' % type.encode() in (entry.value or b"")]
 
 
 def _calls(world: World, log: _Log) -> None:
     """M6: each call ends as its plan says, and there are no more results than attempts that ended."""
-    died = {id for id in dict.fromkeys(log.keys[world.config.resume_topic]) for entry in log.records[world.config.resume_topic, id] if b'"WorkerDied"' in (entry.value or b"")}
+    failed = {id: found for id in dict.fromkeys(log.keys[world.config.resume_topic]) if (found := {type for entry in log.records[world.config.resume_topic, id] for type in _unplanned(entry)})}
     for id in dict.fromkeys(log.keys["sim-said"]):
         for line in log.said(id):
             if line[0] == "called":
@@ -151,12 +157,13 @@ def _calls(world: World, log: _Log) -> None:
                 plan, end = json.JSONDecoder().raw_decode(text)
                 outcome = json.loads(text[end:])
                 discarded = any(("kwflow-op", b"discard") in entry.headers for entry in log.records[world.config.resume_topic, id])
-                may = outcomes(kind, plan, kind in QUEUES and any(id == other or id.startswith(f"{other}-") for other in died))  # the id itself, or that of its original
+                here = {type for other, types in failed.items() if id == other or id.startswith(f"{other}-") for type in types}  # the id itself, or that of its original
+                may = outcomes(kind, plan, here if kind in QUEUES else ())
                 if outcome not in may | ({"Discarded"} if discarded else set()):
                     raise Failed(f"a call of {id} to {kind} with {plan} ended with {outcome}, not one of {may}")
     for id in dict.fromkeys(log.keys[world.config.resume_topic]):
         told = [_json(entry) for entry in log.records[world.config.resume_topic, id] if entry.transaction is None and dict(entry.headers).keys().isdisjoint({"kwflow-sim-sent", "kwflow-op"})]
-        results = collections.Counter(answer["ref"] for answer in told if answer.get("error", {}).get("type") not in ("Timeout", "WorkerDied"))
+        results = collections.Counter(answer["ref"] for answer in told if answer.get("error", {}).get("type") not in ("Timeout", *UNPLANNED))
         ran = sum(count for (key, _, _), count in world.performed.items() if key.partition("|")[0] == id)
         if sum(results.values()) > ran:
             raise Failed(f"M6: {id} got {dict(results)}, and {ran} attempts ended")

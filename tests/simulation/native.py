@@ -20,7 +20,7 @@ __all__ = ["Instance", "Unpredicted"]
 
 OK, FAILED = "ok", "failed"
 MAX_ATTEMPTS, FIRST_PAUSE_S, JITTER, TIMED_S = 3, 0.5, 0.5, 4  # of the simulation's activities (activities.py)
-ACTIVITIES = {"mailed": "sim-mail", "queued": "sim-queue", "queued-timed": "sim-queue", "timed": "", "work": ""}  # name -> queue
+ACTIVITIES = {"mailed": "sim-mail", "queued": "sim-queue", "queued-beating": "sim-queue", "queued-timed": "sim-queue", "timed": "", "work": ""}  # name -> queue
 Record = dict[str, Any]  # offset, at, value, op, id, start, request, parent, travelling
 Said = tuple[str, str, Any]  # topic, key, value
 

@@ -27,10 +27,24 @@ class Fed(World):
 class Changed(Fed):
     """A world in which others make every kind of change to their topic."""
 
+    changes = ("shorten", "anew", "add", "shorten", "anew in a moment")
+
     def _add_feeds(self) -> None:
         super()._add_feeds()
         assert self.others is not None
-        self.others.changes = ["shorten", "anew", "add", "shorten", "anew in a moment"]
+        self.others.changes = [*self.changes]
+
+
+class Shortened(Changed):
+    """It loses records again and again, in half of the cases when all readers restart and have not read some of the records."""
+
+    changes = ("shorten",) * 5
+
+
+class Smaller(Changed):
+    """It is created anew with fewer partitions while its readers restart, so that they are given those of the topic before."""
+
+    changes = ("add", "anew in a moment") * 3
 
 
 class Pair(Fed):
@@ -94,8 +108,8 @@ FED = [
     Planted("G1", "a feed's messages are no part of its transaction", ABORTS, FeedsBeforeItCommits, world=Fed),
     Planted("K3", "a feed that was aborted reads on behind its batch", ABORTS, FeedsOnBehindAnAbort, world=Fed),
     Planted("K1", "nobody ends the transaction that a feed died in", CRASHES_IN_COMMITS, patch=_nobody_ends_what_the_dead_left, world=Pair, first=9),
-    Planted("G3", "what is there still of a topic that was shortened is passed over", Faults(kill=0.2), patch=_read_from_the_end, world=Changed, first=6),
+    Planted("G3", "what is there still of a topic that was shortened is passed over", Faults(kill=0.2), patch=_read_from_the_end, world=Shortened),
     Planted("G3", "a topic that was made anew is read on where the one before was", patch=_read_on_in_another_topic, world=Changed, first=4),
     Planted("G3", "a position in a topic that was deleted is taken for one in the next", ZOMBIES_IN_TRANSACTIONS, patch=_any_position_is_taken, world=Changed, first=6),
-    Planted("K7", "partitions that are no more are kept by who was given them", patch=_kept_although_it_is_no_more, world=Changed, first=34),
+    Planted("K7", "partitions that are no more are kept by who was given them", patch=_kept_although_it_is_no_more, world=Smaller, first=12),
 ]

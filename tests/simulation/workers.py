@@ -14,7 +14,7 @@ from kwflow.testing.kafka import SimulatedConsumer, VirtualTime
 from kwflow.testing.kafka.groups import Group, Metadata
 from kwflow.testing.kafka.log import Place
 
-__all__ = ["WORKERS", "Begun", "Book", "Noted", "NotedGroup", "Taken", "WatchedConsumer"]
+__all__ = ["WORKERS", "Begun", "Book", "Looked", "Noted", "NotedGroup", "Taken", "WatchedConsumer"]
 
 WORKERS = "sim-workers"
 
@@ -58,15 +58,26 @@ class Begun:
     attempt: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Looked:
+    """An activity that began has asked an engine for heartbeat details, and was given these."""
+
+    ms: float
+    begun: Begun
+    runs: list[int]
+
+
 class Book:
     def __init__(self) -> None:
         self.taken: list[Taken] = []
         self.noted: list[Noted] = []
         self.begun: list[Begun] = []
+        self.looked: list[Looked] = []
         self.members: dict[str, WatchedConsumer] = {}
 
-    def begin(self, ms: float, process: str, info: kw.ActivityInfo) -> None:
+    def begin(self, ms: float, process: str, info: kw.ActivityInfo) -> Begun:
         self.begun.append(Begun(ms, process, info.idempotency_key, info.attempt))
+        return self.begun[-1]
 
 
 class NotedGroup(Group):
@@ -118,7 +129,11 @@ class WatchedConsumer(SimulatedConsumer):
                 self.holds[place.topic, place.partition].lost = True
             on_lost(consumer, places)
 
-        super().subscribe(topics, on_assign, on_revoke, lost)
+        def revoked(consumer: Any, places: list[TopicPartition]) -> None:
+            self._host.call("revoke")  # a process may die when it has been told, and has given nothing back yet
+            on_revoke(consumer, places)
+
+        super().subscribe(topics, on_assign, revoked, lost)
 
     def commit(self, *, offsets: list[TopicPartition], asynchronous: bool = True) -> list[TopicPartition] | None:
         mine = [self.holds.get((place.topic, place.partition)) for place in offsets]

@@ -49,7 +49,7 @@ def program(chance: random.Random, depth: int = 3, calls: bool = True) -> Node:
 
 def queue_call(chance: random.Random) -> Node:
     """Draw a call that a worker runs; some calls kill it."""
-    kind = chance.choice(["queued", "queued", "queued-timed", "mailed"])
+    kind = chance.choice(["queued", "queued-beating", "queued-timed", "mailed"])
     words = ["ok", "ok", "slow", "slow", "fail", "refuse", *(["hang"] if kind == "queued-timed" else [])]
     plan = [chance.choice(words) for _ in range(chance.randint(1, 3))]
     if chance.random() < 0.04:

@@ -42,10 +42,11 @@ from kwflow.testing.kafka.groups import Group
 from kwflow.testing.kafka.log import Entry, Place, Transaction
 from tests.simulation import probes, releases
 from tests.simulation.activities import MAIL, QUEUE
+from tests.simulation.asking import Asking
 from tests.simulation.faults import Actors, Crashed, Faults, Process
 from tests.simulation.hub import Hub
 from tests.simulation.others import EVENTS, GROUP, MovedGroup, Others
-from tests.simulation.workers import WORKERS, Book, NotedGroup, WatchedConsumer
+from tests.simulation.workers import WORKERS, Begun, Book, Looked, NotedGroup, WatchedConsumer
 from tests.simulation.workload import Clients
 
 OUTPUTS = frozenset({"sim-ask", "sim-said"})
@@ -184,6 +185,8 @@ class World:
         self.broker = JournalingBroker(self.time, seed)
         self.hub = Hub(self.time, self.chance)
         self.faults = faults or Faults.draw(self.chance)
+        if faults is None and self.faults.freeze and random.Random(f"zombies {seed}").random() < 0.3:  # a stream of its own
+            self.faults.wake = "committed"
         self.calm = False
         self.over = False
         self.calls = self.crashes = 0
@@ -290,7 +293,7 @@ class World:
     def run(self) -> None:
         """Play the seed.  Raises Failed."""
         probes.outside.clear()
-        probes.ask(self._kill_running, self._begun, self._continues, self._perform, lambda: self.hub.running.endswith(" feed"))
+        probes.ask(self._kill_running, self._begun, self._continues, self._looked, self._perform, lambda: self.hub.running.endswith(" feed"))
         try:
             for machine in self.machines:
                 self.hub.spawn(machine.name, lambda machine=machine: self._operate(machine), self.chance.random() * 3000)
@@ -383,8 +386,11 @@ class World:
             raise Crashed
         return process
 
-    def _begun(self, info: kw.ActivityInfo) -> None:
-        self.broker.book.begin(self.time.now, self._process().name, info)
+    def _begun(self, info: kw.ActivityInfo) -> Begun:
+        return self.broker.book.begin(self.time.now, self._process().name, info)
+
+    def _looked(self, begun: Begun, runs: list[int]) -> None:
+        self.broker.book.looked.append(Looked(self.time.now, begun, runs))
 
     def _continues(self, info: kw.ActivityInfo, runs: list[int]) -> None:
         """Called by an attempt that finds these runs in its heartbeat details: the attempt before it was one of them, and said so before it failed."""
@@ -518,8 +524,10 @@ class World:
     def _serve(self, machine: Machine, process: Process, config: Config, environment: _Environment) -> None:
         """A worker's life."""
 
+        details = Asking(config, environment, process)
+
         def work(deliver: Deliver) -> Dispatcher:
-            return Dispatcher(deliver, process.log, config.activity_concurrency, config.activity_limit_s, threads=Actors(process), ends_late=True)
+            return Dispatcher(deliver, process.log, config.activity_concurrency, config.activity_limit_s, threads=Actors(process), ends_late=True, details=details.look)
 
         QueueRunner(config, machine.queues, work, process.log, environment, clock=process).run(lambda: process.stopping or self.over)
 
@@ -587,6 +595,15 @@ class World:
                 self.happened["compacted"] += partition.compact(partition.end - self.chance.randint(0, 20), self.time.now, int(topic.config["delete.retention.ms"]))
                 if self.truncated and partition.entries:
                     partition.delete_before(partition.entries[0].offset)
+
+    def wake_zombies(self) -> None:
+        """Let processes go on that are frozen inside a transaction and were evicted from its group, as somebody asks for the offsets in it."""
+        for group in self.broker.groups.values():
+            for transaction in [transaction for transaction in group.pending if transaction.producer not in group.static]:
+                for process in [machine.process for machine in self.machines if machine.process is not None and f"-{machine.name}." in transaction.producer and not machine.process.running]:
+                    self.say(f"{process.name} goes on, as its heir looks where to begin")
+                    self.happened["woken"] += 1
+                    process.wake()
 
     def rebalance(self) -> None:
         """Let a stranger join a group and leave it soon: the generation changes while members are in the middle of a batch."""
