@@ -20,7 +20,8 @@ import msgspec
 from kwflow.core import header as headers
 from kwflow.core.children import Child
 from kwflow.core.instance import Instance
-from kwflow.core.mail import SignalWait, UpdateWait
+from kwflow.core.mail import Mail, Mailbox, SignalWait, UpdateWait
+from kwflow.core.mailbox import Inbox, Update
 from kwflow.core.tasks import ActivityWait, All, Awaitable, JobWait, Race, Shield, Suspension, Task, Timeout, Timer
 from kwflow.durable import codec, frames, registry, versions
 from kwflow.durable.lower import LOWERING_VERSION
@@ -30,8 +31,8 @@ from kwflow.durable.versions import Sources, no_sources
 from kwflow.errors import CorruptSnapshotError, SnapshotError
 
 __all__ = [
-    "CLASSES", "UNSIGNED", "Keys", "amend", "changed", "copy", "ended_header", "is_call", "key_id", "load", "move", "park", "place_of", "read_header", "save", "save_ended", "seal_of", "split",
-    "unpark", "waits_of", "wake",
+    "CLASSES", "NAMED", "UNSIGNED", "Keys", "amend", "changed", "copy", "ended_header", "is_call", "key_id", "load", "move", "park", "place_of", "read_header", "save", "save_ended", "seal_of",
+    "split", "unpark", "waits_of", "wake",
 ]  # fmt: skip
 
 Keys = Sequence[bytes]
@@ -45,6 +46,7 @@ _VERSION = 1
 _KNOWN = {"v", "id", "workflow", "status", "start_id", "applied", "created", "updated", "code", "lowering", "waits", "parked", "key", "minor"}
 
 CLASSES: tuple[type[Awaitable], ...] = (Awaitable, Task, Suspension, Timer, All, Race, Timeout, Shield, SignalWait, UpdateWait, ActivityWait, Child, JobWait)  # the order is part of the format
+NAMED = (Inbox, Mail, Mailbox, Update)  # snapshots hold these by the name of mailbox.py, which is therefore loaded here
 for _tag, _class in enumerate(CLASSES):
     codec.register_class(_tag, _class)
 

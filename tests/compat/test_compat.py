@@ -1,6 +1,7 @@
 """What earlier releases stored goes on under this one: it is loaded and runs to its end, or is refused by name."""
 
 import base64
+import subprocess
 import sys
 from typing import Any
 
@@ -102,4 +103,11 @@ def test_instances_of_an_earlier_release_are_shown_with_the_lines_where_they_wai
 def test_snapshots_name_what_belongs_to_the_mailbox_by_one_module(name: str) -> None:
     """G7: wherever it is defined, so that an older kwflow finds it, too."""
     saved = getattr(mailbox, name)
+    assert saved in snapshot.NAMED
     assert (saved.__module__, saved.__qualname__) == ("kwflow.core.mailbox", name)
+
+
+def test_a_program_that_only_loads_snapshots_knows_what_they_name() -> None:
+    """A snapshot with mail was refused there: its names are looked up in modules that are loaded."""
+    code = "import sys; from kwflow.core import snapshot; sys.exit('kwflow.core.mailbox' not in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
