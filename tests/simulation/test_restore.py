@@ -280,6 +280,14 @@ def test_a_state_of_another_topic_or_another_number_of_partitions_is_refused(inc
     assert not refused.value.retryable
 
 
+@pytest.mark.parametrize("saved", [b"", b"rubbish", b"7", b"{}", b'{"topic": "t", "next": "7", "partitions": 2}'])
+def test_a_position_that_nobody_can_read_is_refused_and_not_guessed(saved: bytes) -> None:
+    """K16: it was damaged, or forged."""
+    with pytest.raises(TransportError, match=r"in\[0\]: the position in its changelog cannot be read .* --accept-offset-reset") as refused:
+        agreed(saved, 7, "t", 2, "in[0]")
+    assert not refused.value.retryable
+
+
 def test_an_engine_whose_group_has_forgotten_its_offset_goes_on_where_its_state_does(lab: Lab) -> None:
     """K16: from the beginning of the log, it would do everything twice."""
     lab.send("workflow-resume", "w", "new:{}")

@@ -27,9 +27,9 @@ from kwflow.runners.kafka.environment import Consumer, Environment
 from kwflow.runners.kafka.reading import gather
 from kwflow.runners.kafka.topics import transient
 
-__all__ = ["MOVED", "POSITION", "NoStore", "Partition", "PartitionStore", "Restore", "agreed"]
+__all__ = ["MOVED", "POSITION", "NoStore", "Partition", "PartitionStore", "Position", "Restore", "agreed", "position_of"]
 
-POSITION = b"\0kwflow"  # K16: the key of {topic id, next offset, partition count}, stored beside the state that they belong to
+POSITION = b"\0kwflow"  # the key of a Position
 MOVED = -1
 
 _STATE, _META = b"s", b"m"
@@ -285,17 +285,33 @@ class Restore:
             self._consumer = None
 
 
+class Position(msgspec.Struct, frozen=True):
+    """What a state says of the partition that it belongs to (K16): the id of its topic and the number of partitions, and the offset of the next record."""
+
+    topic: str
+    next: int
+    partitions: int
+
+
+def position_of(saved: bytes | None, where: str) -> Position | None:
+    """The position beside a state; None if there is none.  Raises TransportError if nobody can read it, as any guess would apply records twice, or never."""
+    try:
+        return msgspec.json.decode(saved, type=Position) if saved is not None else None
+    except msgspec.DecodeError as error:
+        raise TransportError(f"{where}: the position in its changelog cannot be read ({error}); --accept-offset-reset starts at the position of the group", retryable=False) from None
+
+
 def agreed(saved: bytes | None, committed: int, incarnation: str, partitions: int, where: str) -> int | None:
     """The offset on which the group and the state agree (K16); None if neither has one; MOVED if they differ.
 
-    Raises TransportError if the state belongs to another topic.
+    Raises TransportError if the state belongs to another topic, or does not say to which.
     """
-    known = msgspec.json.decode(saved) if saved is not None else None
-    if known is not None and (known["topic"] != incarnation or known["partitions"] != partitions):
+    known = position_of(saved, where)
+    if known is not None and (known.topic, known.partitions) != (incarnation, partitions):
         raise TransportError(
             f"{where}: its topic was recreated or its partitions changed since this state was written; --accept-offset-reset starts anyway. If it is the wrong topic, correct its setting",
             retryable=False,
         )
     if committed == OFFSET_INVALID:
-        return int(known["next"]) if known is not None else None
-    return committed if known is None or known["next"] == committed else MOVED
+        return known.next if known is not None else None
+    return committed if known is None or known.next == committed else MOVED

@@ -21,7 +21,7 @@ from kwflow.runners.budget import bytes_of
 from kwflow.runners.kafka.broker_errors import TIMED, explained
 from kwflow.runners.kafka.environment import Producer
 from kwflow.runners.kafka.member import TRANSACTION_S, Member, again
-from kwflow.runners.kafka.state import POSITION
+from kwflow.runners.kafka.state import POSITION, Position
 from kwflow.runners.logs import lines_of
 from kwflow.runners.overlay import Overlay
 from kwflow.runners.stats import Stats
@@ -136,7 +136,7 @@ class Transactions:
             for output in batch.outputs:
                 self._produce(reports, output.topic, output.key, output.value, output.headers, output.timestamp_ms, output.partition)
             for number, overlay in batch.overlays.items() if changelog else ():
-                overlay.changes[POSITION] = msgspec.json.encode({"topic": member.incarnation, "next": batch.positions[number], "partitions": member.partitions})
+                overlay.changes[POSITION] = msgspec.json.encode(Position(member.incarnation, batch.positions[number], member.partitions))
                 for key, value in overlay.changes.items():
                     self._produce(reports, changelog, key, value, partition=number)
             self._send(batch, reports)

@@ -29,7 +29,7 @@ from kwflow.runners.kafka import topics
 from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.environment import made
 from kwflow.runners.kafka.link import latest, read
-from kwflow.runners.kafka.state import POSITION
+from kwflow.runners.kafka.state import POSITION, Position, position_of
 from kwflow.runners.parked import of_hold
 
 __all__ = ["migrate", "reencrypt", "reset", "reset_plan"]
@@ -101,10 +101,10 @@ def _offsets(admin: AdminClient, group: str, topic: str, partitions: int) -> dic
     return {place.partition: place.offset for place in answer.topic_partitions if place.offset >= 0}
 
 
-def _marked(state: dict[bytes, bytes], incarnation: str) -> int | None:
+def _marked(state: dict[bytes, bytes], incarnation: str, where: str) -> int | None:
     """The offset that the state names (K16), as a group forgets its own after a week without members; None if it names none of this topic."""
-    mark = msgspec.json.decode(state[POSITION]) if POSITION in state else {}
-    return int(mark["next"]) if mark.get("topic") == incarnation else None
+    known = position_of(state.get(POSITION), where)
+    return known.next if known is not None and known.topic == incarnation else None
 
 
 # -- reset --------------------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def _applied(config: Config, admin: AdminClient, group: str, topic: str, changel
     begins, (incarnation, _) = topics.ends(admin, topic, partitions, latest=False), topics.describe(admin, config, topic)
     committed = _offsets(admin, group, topic, partitions)
     for number in begins.keys() - committed.keys():
-        marked = _marked(latest(config, changelog, number), incarnation)
+        marked = _marked(latest(config, changelog, number), incarnation, f"{changelog}[{number}]")
         committed[number] = begins[number] if marked is None else max(begins[number], marked)
     waiting = sum(1 for number in range(partitions) for record in read(config, topic, number, committed[number]) if not set(HEADERS) <= set(record.headers))
     if waiting:
@@ -262,8 +262,8 @@ def _move(config: Config, admin: AdminClient, group: str, source: str, changelog
             put(b"%d %s" % (len(due), due[0]) if due else None, timers.COUNT, number)
         else:
             put(None, FORGOTTEN, number)  # entries that moved here may expire sooner: the first one is looked up anew
-        mark = {"topic": incarnation, "next": committed.get(number, _marked(state, incarnation) or 0), "partitions": partitions}
-        put(msgspec.json.encode(mark), POSITION, number)
+        following = committed.get(number, _marked(state, incarnation, f"{changelog}[{number}]") or 0)
+        put(msgspec.json.encode(Position(incarnation, following, partitions)), POSITION, number)
     producer.commit_transaction(60)
     return moved
 
