@@ -241,6 +241,7 @@ def test_what_the_broker_takes_no_letter_of_answers_nobody_whatever_its_headers_
     assert not any(record.key == waiting for topic in (site.topic("resume"), site.config.reply_topic) for record in kafka_link.read(site.config, topic))
 
 
+@pytest.mark.skipif(not topics.FORGETFUL, reason="nobody has looked whether this version of confluent-kafka still forgets references to topic ids (kafka/topics.py, id_of)")
 def test_the_id_of_a_topic_is_freed_however_often_it_is_asked_for_and_not_before_its_description(site: Feeds) -> None:
     """A feed asks for it with each transaction, and confluent-kafka forgets a reference to each."""
 

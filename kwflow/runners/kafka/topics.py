@@ -11,6 +11,7 @@ import types
 from collections.abc import Collection, Iterable
 from typing import Any, cast
 
+import confluent_kafka
 from confluent_kafka import IsolationLevel, KafkaError, KafkaException, Message, TopicCollection, TopicPartition, Uuid
 from confluent_kafka.admin import AclOperation, AdminClient, ConfigResource, ConfigSource, NewTopic, OffsetSpec, ResourceType  # type: ignore[attr-defined]
 
@@ -22,7 +23,7 @@ from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.environment import LIVE, Environment
 
 __all__ = [
-    "TOPIC_MS", "admin", "client_config", "committed_ends", "create", "describe", "ends", "id_of", "needed", "offset_of", "overridden", "partitions_of", "problems",
+    "FORGETFUL", "TOPIC_MS", "admin", "client_config", "committed_ends", "create", "describe", "ends", "id_of", "needed", "offset_of", "overridden", "partitions_of", "problems",
     "record_of", "replication", "result_of", "settings_of", "sizes", "transient",
 ]  # fmt: skip
 
@@ -109,14 +110,18 @@ def describe(client: Any, config: Config, topic: str) -> tuple[str, int]:
     return id_of(found), len(found.partitions)
 
 
+FORGETFUL = getattr(confluent_kafka, "__version__", "") == "2.16.1"
+
+
 def id_of(found: Any) -> str:
     """The topic id in a description, as text.  Its object is freed with the description:
 
-    1. confluent-kafka (seen in 2.16.1) forgets a reference to each id that it returns, which then stays in memory for ever.
+    1. confluent-kafka forgets a reference to each id that it returns, which then stays in memory for ever.
     2. A feed asks for the id of its topic with each transaction, and would grow by up to some hundred MB a day.
+    3. A later version may keep a reference for a reason; dropping that one would end the process.  So only the version that was looked at is helped.
     """
     text = str(found.topic_id)
-    if type(found.topic_id) is Uuid and _references(found) == _references(types.SimpleNamespace(topic_id=object())) + 1:
+    if FORGETFUL and type(found.topic_id) is Uuid and _references(found) == _references(types.SimpleNamespace(topic_id=object())) + 1:
         ctypes.pythonapi.Py_DecRef(ctypes.py_object(found.topic_id))
     return text
 
