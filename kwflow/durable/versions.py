@@ -272,7 +272,8 @@ def _load(name: str, version: str, stored: dict[str, Any], sources: Sources) -> 
         sys.modules.pop(hidden, None)
         if isinstance(error, (SnapshotError, TransportError, KeyboardInterrupt, MemoryError)):
             raise
-        raise CodeChangedError(f"the stored version {version[:12]} of {name} cannot be loaded: {type(error).__name__}: {error}") from error
+        remedy = "; another version of kwflow wrote it: upgrade all engines, then retry" if name.startswith("kwflow.") else ""
+        raise CodeChangedError(f"the stored version {version[:12]} of {name} cannot be loaded: {type(error).__name__}: {error}{remedy}") from error
     return lowered
 
 

@@ -318,14 +318,16 @@ def test_a_zone_that_has_no_key_is_saved_as_the_global_that_it_is_bound_to(site:
     assert next(site.again(site.save(gen)))
 
 
-def test_an_exception_while_old_code_loads_and_a_source_that_is_not_stored_name_the_version(site: Deployed) -> None:
+@pytest.mark.parametrize(("name", "remedy"), [("", ""), ("kwflow.flows.later9", "; another version of kwflow wrote it: upgrade all engines, then retry")])
+def test_an_exception_while_old_code_loads_names_the_version_and_what_to_do_if_the_code_is_ours(name: str, remedy: str) -> None:
     """§8.4, G10."""
+    site = Deployed(name)
     gen = site.deploy("import sys\nif 'broken_now' in sys.modules:\n    raise OSError('not here')\ndef main():\n    yield\n    yield 1").main()
     saved = site.asleep(gen)
     site.deploy("def main():\n    yield")
     sys.modules["broken_now"] = sys
     try:
-        with pytest.raises(CodeChangedError, match="cannot be loaded: OSError: not here"):
+        with pytest.raises(CodeChangedError, match=f"cannot be loaded: OSError: not here{remedy}$"):
             site.load(saved)
     finally:
         del sys.modules["broken_now"]
