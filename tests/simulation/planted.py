@@ -42,6 +42,7 @@ from tests.simulation.world import World
 
 CRASHES = Faults(crash=0.02)
 CRASHES_IN_COMMITS = Faults(crash=0.1, at="commit")
+CRASHES_BEFORE_COMMITS = Faults(crash=0.1, at="send_offsets")  # what they leave open holds up readers only, so that heirs do not end it at once
 ZOMBIES_WITH_HEIRS = Faults(freeze=0.004, at="commit", freeze_ms=(10_000, 14_000), wake="committed", markers_ms=4000)  # they commit while their heirs look where to begin
 ZOMBIES_IN_POLLS = Faults(freeze=0.03, at="consume", freeze_ms=(7_000, 14_000))
 ABORTS = Faults(abort=0.1)
@@ -459,7 +460,7 @@ def _goes_back_too_far() -> contextlib.AbstractContextManager[Any]:
 
 
 PLANTED = [
-    Planted("K1", "a new identity each start, so that the dead transaction is awaited", CRASHES_IN_COMMITS, NewIdentityEachStart, first=13),
+    Planted("K1", "a new identity each start, so that the dead transaction is awaited", CRASHES_BEFORE_COMMITS, NewIdentityEachStart, world=Crowd, first=4),
     Planted("K2", "polls between the last consume and the commit, and asks who it is after that", ZOMBIES_IN_POLLS, PollsBeforeItCommits, world=Crowd),
     Planted("K3", "the overlay is kept after an abort", ABORTS, KeepsTheOverlayAfterAnAbort, first=1),
     Planted("K3", "a batch that was aborted is not read again from its first record", ABORTS, SeeksBehindTheBatchAfterAnAbort),
