@@ -114,9 +114,8 @@ def instance(site: Site, sources: Sources, id: str, at: int | None = None) -> In
         codes = sources.of(snapshot.read_header(entry.data))
         body = snapshot.split(entry.data, keys)[1]  # if there are keys, variables are shown only of verified bytes
         picture = picture_of(body) if body and header.get("parked", {}).get("was") != "damaged" else None
-    except (SnapshotError, LookupError, TypeError, AttributeError) as error:  # a header may be forged
-        said = str(error) if isinstance(error, SnapshotError) else f"its header is invalid: {error!r}"
-        trouble, untold = ("", said) if header else (said, "")
+    except SnapshotError as error:
+        trouble, untold = ("", str(error)) if header else (str(error), "")
     waits = {wait["ref"]: wait for wait in header.get("waits", ())}
     for ref, given in header.get("heartbeats", {}).items():
         if ref in waits:

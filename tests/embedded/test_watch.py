@@ -125,7 +125,7 @@ WAYS = """
 import kwflow as kw
 
 @kw.activity(retry=kw.Retry(max_attempts=2, first=0.001), timeout=60)
-def work(how):
+def attempted(how):
     if how == "refused":
         raise kw.BusinessError("E", "no")
     if how == "broken":
@@ -135,7 +135,7 @@ def work(how):
 @kw.workflow
 def worked(how):
     try:
-        return (yield work(how))
+        return (yield attempted(how))
     except (kw.BusinessError, kw.ActivityError):
         yield kw.sleep(0.001)
         return "compensated"
@@ -187,9 +187,9 @@ def test_runs_are_counted_by_workflow_and_outcome_and_attempts_by_activity(place
     assert value(text, 'kwflow_workflow_seconds_bucket{le="+Inf",outcome="result",workflow="worked"}') == 3
     assert value(text, 'kwflow_workflow_seconds_sum{outcome="result",workflow="worked"}') > 0
     for outcome, count in {"result": 1, "business-error": 1, "error": 2}.items():
-        assert value(text, f'kwflow_activity_seconds_count{{activity="work",outcome="{outcome}"}}') == count, outcome
-    assert value(text, 'kwflow_activity_wait_seconds_count{activity="work"}') == 4
-    assert value(text, 'kwflow_activity_wait_seconds_bucket{activity="work",le="60.0"}') == 4
+        assert value(text, f'kwflow_activity_seconds_count{{activity="attempted",outcome="{outcome}"}}') == count, outcome
+    assert value(text, 'kwflow_activity_wait_seconds_count{activity="attempted"}') == 4
+    assert value(text, 'kwflow_activity_wait_seconds_bucket{activity="attempted",le="60.0"}') == 4
     assert value(text, "kwflow_timer_late_seconds_count") == 3  # a pause before the second attempt, and two of the workflows
     assert value(text, 'kwflow_timer_late_seconds_bucket{le="60.0"}') == 3
 
