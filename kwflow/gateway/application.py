@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 import msgspec
-from prometheus_client import CollectorRegistry, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -23,6 +23,7 @@ from kwflow.gateway.operations import Operation, Text
 from kwflow.gateway.problems import RequestError, problem_of
 from kwflow.gateway.requests import Options, answer, options, refusal, service_of
 from kwflow.gateway.service import Gone, Service
+from kwflow.runners.stats import DURATIONS
 from kwflow.worker import Lending
 
 __all__ = ["ROUTES", "application"]
@@ -91,13 +92,14 @@ def application(service: Service) -> ASGIApp:
     """The application for a server, which must call `service.end()` before it stops."""
     registry = CollectorRegistry()
     calls = Gauge("kwflow_gateway_calls", "Calls of a queue that this gateway has read: free, or locked by a worker.", ["queue", "state"], registry=registry)
+    waits = Histogram("kwflow_gateway_wait_seconds", "Time from a call of a queue until a worker has it.", ["queue"], buckets=DURATIONS, registry=registry)
     for queue, lending in service.lendings.items():
         for state in lending.lent.counts():
             calls.labels(queue, state).set_function(functools.partial(_count, lending, state))
 
     templates = {route.endpoint: route.path for route in ROUTES}
     inner = Starlette(routes=ROUTES, exception_handlers={KwflowError: _refused, HTTPException: _unrouted, Gone: _gone, Exception: _refused})
-    inner.state.service, inner.state.registry = service, registry
+    inner.state.service, inner.state.registry, inner.state.waits = service, registry, waits
     inner.router.redirect_slashes = False
 
     def template(scope: Scope) -> str:

@@ -83,8 +83,10 @@ async def _fetch(request: Request) -> Response:
         calls = lending.lent.fetch(asked.max, asked.worker, asked.lock)
         left = give_up - time.monotonic()
         if calls or left <= 0 or service.ending:
-            until_ms = (time.time_ns() // 1_000_000) + round(asked.lock * 1000)
-            return answer(200, [_shown(call, service.config.resume_topic, until_ms) for call in calls])
+            now_ms = time.time_ns() // 1_000_000
+            for call in calls:
+                request.app.state.waits.labels(lending.queue).observe(max(0, now_ms - call.called_ms) / 1000)
+            return answer(200, [_shown(call, service.config.resume_topic, now_ms + round(asked.lock * 1000)) for call in calls])
         await service.first(request, left, lending.lent.arrival(), ends=True)
 
 

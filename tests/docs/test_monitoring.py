@@ -15,6 +15,7 @@ GUIDE = (ROOT / "docs/OPERATIONS.md").read_text(encoding="utf-8")
 ENDINGS = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum"), "gauge": ("",)}
 MADE_BY = {
     "CounterMetricFamily": "counter", "GaugeMetricFamily": "gauge", "HistogramMetricFamily": "histogram", "_histogram": "histogram", "_durations": "histogram", "Counter": "counter", "Gauge": "gauge",
+    "Histogram": "histogram",
 }  # fmt: skip
 
 

@@ -55,7 +55,8 @@ def test_a_worker_fetches_locks_and_completes_fails_or_rejects(site: Queues) -> 
             "activity": "elsewhere", "attempt": 1, "arguments": {"n": 6}, "resume_topic": site.topic("resume"),
         }  # fmt: skip
         assert fetch(serving, site.elsewhere, worker="another") == []
-        assert f'kwflow_gateway_calls{{queue="{site.elsewhere}",state="locked"}} 4.0' in serving.http.get("/metrics").text
+        assert f'kwflow_gateway_calls{{queue="{site.elsewhere}",state="locked"}} 4.0' in (metrics := serving.http.get("/metrics").text)
+        assert f'kwflow_gateway_wait_seconds_count{{queue="{site.elsewhere}"}} 4.0' in metrics and f'le="60.0",queue="{site.elsewhere}"}} 4.0' in metrics
         stolen = serving.http.post(call(site.elsewhere, jobs["b"], "complete"), params={"worker": "another"}, json=1)
         assert (stolen.status_code, stolen.json()["code"]) == (409, "locked") and "is locked by w, not by another" in stolen.json()["detail"]
         by = {"worker": "w"}
