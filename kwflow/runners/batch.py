@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -26,11 +26,9 @@ from kwflow.ports import Budget, Changes, Decision, RunEvent
 from kwflow.runners import code, commands, feeds, parked
 from kwflow.runners.activities.dispatch import keep
 from kwflow.runners.checkpoints import drop, extent
+from kwflow.runners.lasting import Lasting
 from kwflow.runners.live import Live
 from kwflow.runners.tracing import Tracing, fail_all
-
-if TYPE_CHECKING:
-    from kwflow.runners.loop import WorkflowProcessor
 
 __all__ = ["WorkflowBatch"]
 
@@ -46,22 +44,22 @@ class WorkflowBatch:
     save fails, the records in `met` are repeated one by one from `base`, and exactly the one at fault parks the instance.
     """
 
-    def __init__(self, processor: WorkflowProcessor, state: Changes, records: Sequence[Record], received_ms: int, budget: Budget | None) -> None:
-        self.processor = processor
-        self.config = processor.config
+    def __init__(self, lasting: Lasting, state: Changes, records: Sequence[Record], received_ms: int, budget: Budget | None) -> None:
+        self.lasting = lasting
+        self.config = lasting.config
         self.state = state
         self.records = records
         self.budget = budget
         self.live: dict[bytes, Live] = {}
-        self.partitions = processor.partitions
-        self.sources = processor.sources
-        self.kept = processor.checkpoints
-        self.context = Context(received_ms, processor.incarnation, processor.topics, processor.limits, processor.workflows, processor.queues, gateway_url=self.config.gateway_url)
+        self.partitions = lasting.partitions
+        self.sources = lasting.sources
+        self.kept = lasting.checkpoints
+        self.context = Context(received_ms, lasting.incarnation, lasting.topics, lasting.limits, lasting.workflows, lasting.queues, gateway_url=self.config.gateway_url)
         self.made: list[Decision] = []
         self.calling: dict[str, set[int]] = {}  # id -> the numbers of the decisions that make or withdraw calls of its activities
         self.held: dict[str, tuple[int, int]] = {}
         self.at_once: bytes | None = None  # the instance to be saved before the next record, as it was just loaded on old code or has checkpoints
-        self.history = processor.history
+        self.history = lasting.history
         self.named: dict[Module, None] = {}  # versions that this batch's snapshots name, in the order in which they are written to the code store
 
     def run(self) -> list[Decision]:
@@ -122,7 +120,7 @@ class WorkflowBatch:
             if op is not None and commands.takes(self.config, op, record, lambda: self.state.get(key) if key not in self.live else None):
                 return self._command(name, record)
             if op == feeds.OP:
-                return self.processor.fed.again(registered_feeds(), record, self.context.received_ms)
+                return self.lasting.fed.again(registered_feeds(), record, self.context.received_ms)
             live = self.live.get(key)
             if live is None:
                 found = self._find(name, key, record)
@@ -131,14 +129,14 @@ class WorkflowBatch:
                 live = self.live[key] = found
         except ProtocolError as error:
             return parked.dead(self.config, record, error.reason, str(error), self.context.received_ms)
-        return self._step(name, key, live, number, record) if self.processor.tracing is None else self._traced(self.processor.tracing, name, key, live, number)
+        return self._step(name, key, live, number, record) if self.lasting.tracing is None else self._traced(self.lasting.tracing, name, key, live, number)
 
     def _find(self, name: str, key: bytes, record: Record) -> Live | Decision:
         """Return the instance for this record, or the decision if there is none that can run.  Raises ProtocolError."""
         stored = self.state.get(key)
         if stored is None:
             return Live(None, None)
-        live = self.processor.live.awake(key, stored)
+        live = self.lasting.live.awake(key, stored)
         if live is not None:
             return live
         try:
@@ -150,11 +148,11 @@ class WorkflowBatch:
                 return self._hold(header, record, stored)
             if header["status"] == "ended":
                 return self._after_end(header, record)
-            instance = snapshot.wake(header, body, self.processor.sources)
+            instance = snapshot.wake(header, body, self.lasting.sources)
             if instance.pins:
                 self.at_once = key
-                self.processor.allow(api.declared_topics())
-                self.context = msgspec.structs.replace(self.context, topics=self.processor.topics)
+                self.lasting.allow(api.declared_topics())
+                self.context = msgspec.structs.replace(self.context, topics=self.lasting.topics)
             return Live(stored, instance)
         except SnapshotError as error:
             return self._park(name, stored, record, error)
@@ -192,7 +190,7 @@ class WorkflowBatch:
         by = self.history.cause(record, live.instance) if self.history is not None else {}
         made: Transition | BaseException
         try:
-            made = self.processor.watchdog.run(name, step, live.instance, record, self.context)
+            made = self.lasting.watchdog.run(name, step, live.instance, record, self.context)
         except ProtocolError as error:
             if live.instance is None:
                 del self.live[key]
@@ -291,16 +289,16 @@ class WorkflowBatch:
                     fail_all(spans, made.logs[-1])
                     self.made[live.met[0]] = msgspec.structs.replace(made, spans=spans) if spans else made
                 return
-            if self.processor.keeps_code:
+            if self.lasting.keeps_code:
                 self.named |= dict.fromkeys(modules)
-            self.processor.snapshots.observe(len(data))
+            self.lasting.snapshots.observe(len(data))
             if len(data) > self.config.snapshot_bytes_warn:
                 self._warn_of_size(live, len(data))
             self.state.put(key, data)
             live.base = data
             if numbers is not None:
                 self._charge(len(data) + self.kept.keep(self.state, key, replaced, numbers, self.calls))
-        self.processor.live.keep(key, live)
+        self.lasting.live.keep(key, live)
 
     def _bytes(self, live: Live, instance: Instance) -> tuple[bytes | Exception, list[Module]]:
         """The instance's snapshot and the versions that it names, or the error.  It is returned because the caller repeats steps, outside of any handler."""
@@ -353,7 +351,7 @@ class WorkflowBatch:
     def put(self, key: bytes, data: bytes, modules: Sequence[Module] = ()) -> None:
         """Save an instance that no step has changed, and charge it to the budget: each fork is as large as its original."""
         self.state.put(key, data)
-        if self.processor.keeps_code:
+        if self.lasting.keeps_code:
             self.named |= dict.fromkeys(modules)
         self._charge(len(data))
 
@@ -371,7 +369,7 @@ class WorkflowBatch:
 
     def drain(self, records: list[Record]) -> list[Decision]:
         """Apply held records, each with its original offset; a failure parks the instance again (K17).  Records beyond the budget are held as before."""
-        made = WorkflowBatch(self.processor, self.state, records, self.context.received_ms, self.budget).run()
+        made = WorkflowBatch(self.lasting, self.state, records, self.context.received_ms, self.budget).run()
         parked.hold_again(self.state, records[len(made) :])
         return made
 
@@ -380,9 +378,9 @@ class WorkflowBatch:
         # By our clock: after an outage the record's timestamp may be older than the retention, while its client's repetitions wait behind it.
         header = {**header, "ended": max(header["ended"], self.context.received_ms)}
         self.keep(key, header)
-        self.processor.live.drop(key)
-        if self.processor.at_least_once or "checkpoints" in header or (header["start_id"] and not _is_own(header)):
-            self.processor.ended.keep(self.state, key, header)
+        self.lasting.live.drop(key)
+        if self.lasting.at_least_once or "checkpoints" in header or (header["start_id"] and not _is_own(header)):
+            self.lasting.ended.keep(self.state, key, header)
         elif self.state.get(key) is not None:
             self.state.put(key, None)
 
