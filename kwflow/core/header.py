@@ -117,6 +117,7 @@ class _Header(msgspec.Struct):
     mailbox: dict[str, dict[str, int]] = {}
     updates: dict[str, _Open] = {}
     heartbeats: dict[str, Heartbeat] = {}
+    trace: dict[str, str] = {}
 
 
 def check(header: Any) -> dict[str, Any]:
