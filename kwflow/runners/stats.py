@@ -72,19 +72,19 @@ class Stats:
         for run in runs:
             name = self._name(run.workflow)
             if run.seconds is not None:
-                self.ended[name, run.event].observe(run.seconds)
+                self.ended[name, self._name(run.event)].observe(run.seconds)
             elif run.event == "started":
                 self.started[name] += 1
             else:
                 self.parked[name] += 1
 
-    def _name(self, workflow: str) -> str:
-        """The name under which a workflow is counted.  Forged snapshots may name any number of workflows, and each would cost memory, here and in Prometheus."""
-        if workflow not in self._names:
-            if len(self._names) >= _NAMES_MAX or len(workflow) > _NAME_CHARACTERS_MAX:
+    def _name(self, name: str) -> str:
+        """The name under which a workflow or an outcome is counted.  Forged snapshots may have any number of names, and each would cost memory, here and in Prometheus."""
+        if name not in self._names:
+            if len(self._names) >= _NAMES_MAX or len(name) > _NAME_CHARACTERS_MAX:
                 return "(others)"
-            self._names.add(workflow)
-        return workflow
+            self._names.add(name)
+        return name
 
     def is_late(self, now: float, turn_max_s: float) -> bool:
         """Whether the loop is stuck: in a client that ignores its own timeout, or for far too long in anything else."""
