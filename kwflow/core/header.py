@@ -53,7 +53,7 @@ class Parked(msgspec.Struct):
     reason: str
     message: str
     offset: int
-    was: str | None = None
+    was: str | None
     paused: str | UnsetType = UNSET
 
 
@@ -96,8 +96,8 @@ class _Header(msgspec.Struct):
     id: str
     status: str
     workflow: str
+    start_id: str
     waits: list[Wait]
-    start_id: str = ""
     created: Ms = 0
     updated: Ms = 0
     ended: Ms | UnsetType = UNSET

@@ -204,13 +204,13 @@ def test_whatever_a_record_holds_is_text_on_every_page(shop: Shop, http: httpx.C
 def test_a_damaged_instance_is_listed_and_shown_with_the_reason(shop: Shop, http: httpx.Client) -> None:
     store = EmbeddedStore(shop.hosted.engine.db, shop.hosted.config.changelog_topic)
     shop.hosted.engine.db[store.prefix + b"broken"] = b"KWF?"
-    whole = store.get(b"looked") or snapshot.save_ended({"id": "x", "workflow": "w", "ended": 1})
+    whole = store.get(b"looked") or snapshot.save_ended({"id": "x", "workflow": "w", "start_id": "", "ended": 1})
     shop.hosted.engine.db[store.prefix + b"broken-body"] = snapshot.copy(b"\2nothing", snapshot.read_header(whole))
     assert ids(http.get("/?status=damaged").text) == ["broken"]
     assert "Its bytes cannot be read. these bytes are not a snapshot" in text_of(http.get(at("broken")).text)
     assert "Its variables are not shown: the body of a snapshot cannot be read" in text_of(http.get(at("broken-body")).text)
     for name, told in {"waits": [3], "updated": "soon", "workflow": 1, "parked": 1, "outcome": [], "code": 3}.items():
-        shop.hosted.engine.db[store.prefix + b"broken-header"] = snapshot.copy(b"", {"v": 1, "id": "broken-header", "status": "waiting", "waits": [], "workflow": "w", name: told})
+        shop.hosted.engine.db[store.prefix + b"broken-header"] = snapshot.copy(b"", {"v": 1, "id": "broken-header", "start_id": "", "status": "waiting", "waits": [], "workflow": "w", name: told})
         assert "the header of a snapshot is invalid: Expected" in text_of(http.get(at("broken-header")).text), name
         assert "broken-header" in ids(http.get("/?status=damaged").text)
     for id in (b"broken", b"broken-body", b"broken-header"):

@@ -132,7 +132,6 @@ def attempted(how):
         raise ValueError("broken")
     return how
 
-@kw.workflow
 def worked(how):
     try:
         return (yield attempted(how))
@@ -140,7 +139,6 @@ def worked(how):
         yield kw.sleep(0.001)
         return "compensated"
 
-@kw.workflow(restart=True)
 def waits(o):
     if o == "at once":
         return 1
@@ -149,6 +147,8 @@ def waits(o):
     yield kw.wait_signal("go")
     held = open(kw.__file__)
     yield kw.suspend("unsavable")
+
+waits.kwflow_restart = True
 """
 
 
@@ -244,7 +244,7 @@ def test_an_engine_gives_the_newest_of_those_that_are_asked_for_and_counts_all_o
 
 def test_the_newest_are_the_same_however_few_are_kept_while_all_are_looked_through() -> None:
     """It takes as long as the list without a limit. To sort the rows that are kept again for each page held up an engine of 60,000 instances for 44 s."""
-    stored = {b"%05d" % number: snapshot.save_ended({"id": "", "workflow": "w", "ended": number * 7919 % 5003}) for number in range(5003)}
+    stored = {b"%05d" % number: snapshot.save_ended({"id": "", "workflow": "w", "start_id": "", "ended": number * 7919 % 5003}) for number in range(5003)}
     served = Instances("engine", 1, {0: pages(*stored.items())})
     all_of_them = json.loads(b"".join(instances.newest(served, ALL, 10_000)))["rows"]
     assert [row["changed"] for row in all_of_them] == list(reversed(range(5003)))

@@ -409,15 +409,18 @@ COMMANDS = {
 @pytest.mark.parametrize("paused", [False, True], ids=["waiting", "paused"])
 @pytest.mark.parametrize("field", FIELDS)
 def test_whatever_a_forged_header_says_stops_no_engine(forgeable: WorkflowTester, field: str, paused: bool) -> None:
-    """G3: without signing keys, the changelog is as trustworthy as those who may write to it.  One record must not end an engine, and then the next one."""
+    """G3: without signing keys, the changelog is as trustworthy as those who may write to it.  One record must not end an engine, and then the next one, by what its header says or lacks."""
     w = forgeable
     w.start("w")
     if paused:
         w.command("w", "pause")
     was = w.state.entries[b"w"]
-    for forged in FORGED + (WAITS if field == "waits" else []):
+    header, body = snapshot.split(was)
+    without = snapshot.copy(body, {name: told for name, told in header.items() if name != field})
+    marks = [{"reason": "paused", "message": ""}, {"reason": "paused", "message": "", "offset": 1}]
+    for data in [without, *(snapshot.amend(was, **{field: forged}) for forged in FORGED + {"waits": WAITS, "parked": marks}.get(field, []))]:
         for op, arguments in [("resume", None), ("start", None), *COMMANDS.items()]:
-            w.state.apply({b"w": snapshot.amend(was, **{field: forged}), b"copy": None})
+            w.state.apply({b"w": data, b"copy": None})
             if op == "resume":
                 w.resume("w", "first", "unsavable")
             elif op == "start":
