@@ -65,6 +65,7 @@ class Context(msgspec.Struct, frozen=True):
 
     `queues` says whether calls of activities with a queue go to the workers of that queue; otherwise the engine runs them.
     `native` accepts generators that cannot be saved (in-process runs).  Services call back at `gateway_url`.
+    `moves`: how often this partition's state was moved to a log whose offsets begin anew (decision 0064).
     """
 
     received_ms: int
@@ -75,6 +76,7 @@ class Context(msgspec.Struct, frozen=True):
     queues: bool = False
     native: bool = False
     gateway_url: str | None = None
+    moves: int = 0
 
 
 class Keep(msgspec.Struct, frozen=True):

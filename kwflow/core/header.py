@@ -118,6 +118,7 @@ class _Header(msgspec.Struct):
     updates: dict[str, _Open] = {}
     heartbeats: dict[str, Heartbeat] = {}
     trace: dict[str, str] = {}
+    moves: int = 0
 
 
 def check(header: Any) -> dict[str, Any]:

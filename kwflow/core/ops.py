@@ -18,14 +18,14 @@ from kwflow.core.dispatch import Dispatch, Withdraw
 from kwflow.core.values import json_dumps
 from kwflow.core.wire import Address, Output, Record, Reply
 
-__all__ = ["Closing", "Rewound", "details_of", "forget_heartbeats", "fork", "heartbeats", "heartbeats_of", "identity", "rewind", "seen", "terminate", "unforkable"]
+__all__ = ["Closing", "Rewound", "details_of", "forget_heartbeats", "fork", "heartbeats", "heartbeats_of", "identity", "moves", "rewind", "seen", "terminate", "unforkable"]
 
 _SHOWN = (
     "id", "workflow", "status", "start_id", "created", "updated", "ended", "status_value", "outcome", "parked", "cancel", "client", "parent", "forked", "mailbox", "checkpoints",
     "heartbeats",
 )  # fmt: skip
 _WAITS_SHOWN_MAX = 100
-_OF_ONE_RUN = ("client", "parent", "ids", "updates", "parked", "checkpoints", "calls")  # who started it, sent it something or waits for it, and its past
+_OF_ONE_RUN = ("client", "parent", "ids", "updates", "parked", "checkpoints", "calls", "moves")  # who started it, sent it something or waits for it, and its past
 
 
 class Closing(msgspec.Struct, frozen=True):
@@ -144,6 +144,11 @@ def terminate(header: dict[str, Any], reason: str, record: Record, topics: Topic
             outputs.append(children.answer(header["parent"], header["id"], "terminated", value, topics.resume, len(value) + 10_000, record.timestamp_ms))
         kept["outcome"] = outcomes.kept("terminated", value)
     return Closing(tuple(outputs), tuple(dispatch), tuple(replies), {**kept, "ended": record.timestamp_ms})
+
+
+def moves(header: dict[str, Any], known: int) -> int:
+    """The number of moves of an instance that has just moved, to a partition whose state was moved `known` times."""
+    return max(int(header.get("moves", 0)) + 1, known)
 
 
 def identity(wait: dict[str, Any]) -> tuple[Any, ...]:

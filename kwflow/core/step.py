@@ -27,7 +27,7 @@ from kwflow.core.wire import Record
 from kwflow.durable.driving import set_driving
 from kwflow.errors import ActivityError, BusinessError, Cancelled, KwflowBug, ProtocolError, StepTimeout, StuckError, UncaughtError, UsageError, WorkflowError
 
-__all__ = ["Step", "applied_before", "step"]
+__all__ = ["Step", "applied_before", "has_moved", "step"]
 
 _TELL: dict[str, Callable[[Calls, Any], None]] = {  # by kind of wait: how to tell whoever works for it outside that it was cancelled
     "activity": lambda calls, wait: calls.dispatch.append(Withdraw(calls.instance.id, wait.ref)),
@@ -80,7 +80,12 @@ def step(instance: Instance | None, record: Record, context: Context) -> Transit
 
 def applied_before(last: Sequence[Any] | None, record: Record, incarnation: str) -> bool:
     """Whether this record was applied already.  Offsets are comparable only within one incarnation and partition (wire.md §3)."""
-    return last is not None and (last[0], last[1]) == (incarnation, record.partition) and record.offset <= last[2]
+    return last is not None and record.offset <= last[2] and not has_moved(last, record, incarnation)
+
+
+def has_moved(last: Sequence[Any], record: Record, incarnation: str) -> bool:
+    """Whether the offset of this record is of another log than that of the `last` one applied: the topic is another one, or the instance has moved to another partition."""
+    return bool(last[1] != record.partition or last[0] != incarnation)
 
 
 def _known(start_id: str, record: Record, address: wire.Address | None, context: Context) -> Transition:
@@ -112,6 +117,8 @@ def _start(name: str, message: wire.Start, record: Record, context: Context, bef
     if workflow in context.workflows.inputs:  # before anything is done: an input that does not fit makes this a bad record
         options = typed.rebuilt_input(f"workflow {workflow!r}", context.workflows.inputs[workflow], options)
     instance = Instance(name, workflow, f"{record.partition}-{record.offset}", record.timestamp_ms)
+    if context.moves:
+        instance.extra["moves"] = context.moves
     if record.headers:
         instance.start_id = wire.short_header(record, "kwflow-start-id") or instance.start_id
         named = {"client": wire.short_header(record, "kwflow-client"), "parent": wire.parent_of(record)}
@@ -156,6 +163,8 @@ class Step(Calls):
             raise KwflowBug("a step inside a step")
         instance = self.instance
         instance.steps += 1
+        if instance.applied is not None and has_moved(instance.applied, self.record, self.context.incarnation):
+            instance.extra["moves"] = ops.moves(instance.extra, self.context.moves)
         instance.now_ms = max(instance.now_ms, self.record.timestamp_ms)
         collecting = gc.isenabled()
         before = set_driving(False, self.machine)

@@ -28,6 +28,7 @@ from kwflow.runners.activities.dispatch import keep
 from kwflow.runners.checkpoints import drop, extent
 from kwflow.runners.lasting import Lasting
 from kwflow.runners.live import Live
+from kwflow.runners.moved import moves_in
 from kwflow.runners.tracing import Tracing, fail_all
 
 __all__ = ["WorkflowBatch"]
@@ -54,7 +55,9 @@ class WorkflowBatch:
         self.partitions = lasting.partitions
         self.sources = lasting.sources
         self.kept = lasting.checkpoints
-        self.context = Context(received_ms, lasting.incarnation, lasting.topics, lasting.limits, lasting.workflows, lasting.queues, gateway_url=self.config.gateway_url)
+        self.context = Context(
+            received_ms, lasting.incarnation, lasting.topics, lasting.limits, lasting.workflows, lasting.queues, gateway_url=self.config.gateway_url, moves=moves_in(state)
+        )  # fmt: skip
         self.made: list[Decision] = []
         self.calling: dict[str, set[int]] = {}  # id -> the numbers of the decisions that make or withdraw calls of its activities
         self.held: dict[str, tuple[int, int]] = {}

@@ -395,8 +395,8 @@ def forgeable() -> WorkflowTester:
 
 
 FIELDS = (
-    "applied", "calls", "cancel", "checkpoints", "client", "code", "created", "forked", "heartbeats", "id", "ids", "key", "lowering", "mailbox", "minor", "outcome", "parent", "parked", "start_id",
-    "status", "status_value", "trace", "updated", "updates", "v", "waits", "workflow",
+    "applied", "calls", "cancel", "checkpoints", "client", "code", "created", "forked", "heartbeats", "id", "ids", "key", "lowering", "mailbox", "minor", "moves", "outcome", "parent", "parked",
+    "start_id", "status", "status_value", "trace", "updated", "updates", "v", "waits", "workflow",
 )  # fmt: skip
 FORGED: list[Any] = ["x", None, 5.5, [1], {"a": 1}, {"x": {}}, 10**18]
 WAITS = [[{"ref": "x", "kind": kind, "since": 1}] for kind in ("activity", "child", "job", "signal", "suspension", "timer", "update", "x")]

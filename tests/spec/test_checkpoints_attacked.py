@@ -323,14 +323,14 @@ main.kwflow_checkpoints = 9
 """
 
 
-def test_a_ref_that_is_given_again_once_a_topic_was_recreated_is_another_wait() -> None:
-    """Semantics §9.2: offsets begin anew; the timer of then would be taken for that of now, and never be set."""
+def test_a_ref_is_not_given_again_once_a_topic_was_recreated() -> None:
+    """Semantics §9.2, decision 0064: offsets begin anew; the timer of then would be taken for that of now, and never be set."""
     site = Partition(TWO_TIMERS)
     site.send("start")
     site.sent, site.processor.incarnation = 0, "recreated"
     site.send("signal", SAID)
     refs = [[wait["ref"] for wait in site.headers()[key]["waits"] if wait["kind"] == "timer"] for key in (b"w", entry_key(b"w", 0))]
-    assert refs == [["1:1"], ["1:1"]]
+    assert refs == [["1:1000001"], ["1:1"]]
     made = site.send("rewind", {"to": 0}).outputs
     assert [(output.value, dict(output.headers).get("kwflow-due-ms")) for output in made] == [(b"0", None), (b"59998", b"61001")]
 

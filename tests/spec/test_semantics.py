@@ -738,14 +738,14 @@ def main(o):
     assert datetime.fromtimestamp(begun / 1000, UTC)
 
 
-def test_an_engine_id_that_is_still_pending_is_not_given_twice() -> None:
-    """§9.2: offsets start again when a topic is recreated."""
+def test_an_engine_id_is_not_given_twice() -> None:
+    """§9.2, decision 0064: offsets start again when a topic is recreated."""
     module = load("def main(o):\n    a = kw.suspend()\n    yield kw.suspend('go')\n    b = kw.suspend()\n    yield kw.all([a, b])")
     context = Context(1000, "first", Topics(), workflows=Workflows({"main": module.main}, "main"))
     made = step(None, Record("workflow-resume", 0, 0, 1, b"w", b"new:null"), context)
     again = Context(1000, "recreated", Topics(), workflows=context.workflows)
     made = step(made.state.instance, Record("workflow-resume", 0, 0, 2, b"w", b'{"ref":"go"}'), again)  # type: ignore[union-attr]
-    assert list(made.state.instance.waits) == ["0:1", "0:2"]  # type: ignore[union-attr]
+    assert list(made.state.instance.waits) == ["0:1", "0:1000001"]  # type: ignore[union-attr]
 
 
 def test_a_tombstone_and_bytes_are_outputs_and_anything_else_names_output_json() -> None:

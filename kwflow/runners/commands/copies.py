@@ -10,7 +10,7 @@ from typing import Any
 
 from kwflow.core import ops, snapshot, wire
 from kwflow.core.murmur2 import partition_of
-from kwflow.core.step import applied_before
+from kwflow.core.step import applied_before, has_moved
 from kwflow.core.wire import Command, Record
 from kwflow.errors import ProtocolError, SnapshotError, UsageError
 from kwflow.ports import Decision, RunEvent
@@ -89,6 +89,8 @@ def rewind(batch: Batch, name: str, header: dict[str, Any], record: Record, comm
     made = rewound.header
     batch.keep(key, made)
     if header["status"] != "parked":
+        if header.get("applied") and has_moved(header["applied"], record, batch.context.incarnation):
+            made["moves"] = ops.moves(made, batch.context.moves)
         made["applied"] = [batch.context.incarnation, record.partition, record.offset]
     data = snapshot.copy(body, made, keys)
     if header["status"] == "parked":  # what it holds has lower offsets, and is still to be applied

@@ -30,6 +30,7 @@ from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.environment import made
 from kwflow.runners.kafka.link import latest, read
 from kwflow.runners.kafka.state import POSITION, Position, position_of
+from kwflow.runners.moved import MOVES, moves_of
 from kwflow.runners.parked import of_hold
 
 __all__ = ["migrate", "reencrypt", "reset", "reset_plan"]
@@ -253,6 +254,7 @@ def _move(config: Config, admin: AdminClient, group: str, source: str, changelog
     incarnation, _ = topics.describe(admin, config, source)
     committed = _offsets(admin, group, source, partitions)
     producer.begin_transaction()
+    moves = 1 + max(moves_of(state.get(MOVES)) for state in states.values())
     written = {key: value for state in states.values() for key, value in state.items() if key.startswith(WRITTEN)}
     for number, state in states.items():
         for key in written.keys() - state.keys():  # the partition to which an instance moved must know that the instance's code is stored
@@ -261,6 +263,7 @@ def _move(config: Config, admin: AdminClient, group: str, source: str, changelog
             due = sorted(key for key in state if key.startswith(timers.DUE))
             put(b"%d %s" % (len(due), due[0]) if due else None, timers.COUNT, number)
         else:
+            put(b"%d" % moves, MOVES, number)
             put(None, FORGOTTEN, number)  # entries that moved here may expire sooner: the first one is looked up anew
         following = committed.get(number, _marked(state, incarnation, f"{changelog}[{number}]") or 0)
         put(msgspec.json.encode(Position(incarnation, following, partitions)), POSITION, number)
