@@ -25,7 +25,7 @@ from kwflow.core.values import json_dumps
 from kwflow.core.wire import DELAY_MS_MAX, Output, Record, Reply
 from kwflow.durable import is_durable
 from kwflow.durable.awaiting import Advance, AsyncGenerator
-from kwflow.durable.refusals import asyncio_refusal
+from kwflow.durable.refusals import asyncio_refusal, made_durable
 from kwflow.errors import NotDurableError, UsageError
 
 __all__ = ["Calls", "timer_key"]
@@ -85,12 +85,8 @@ class Calls:
         if self.context.native:
             return gen
         if not is_durable(gen):
-            program = gen.gi_frame is not None and gen.gi_frame.f_globals.get("__name__") == "__main__"
-            if program:
-                remedy = "the main program is never durable: move it to a durable module that the program imports"
-            else:
-                remedy = "load its module with kwflow.durable.install([package]) or load_source, or set __kwflow_durable__ = True in it"
-            raise NotDurableError(f"{gen.__qualname__} ({code.co_filename}:{code.co_firstlineno}) is not durable; {remedy}")
+            module = gen.gi_frame.f_globals.get("__name__", "") if gen.gi_frame is not None else ""
+            raise NotDurableError(f"{gen.__qualname__} ({code.co_filename}:{code.co_firstlineno}) is not durable; {made_durable(module, code.co_filename)}")
         return gen
 
     def run(self, first: Callable[[], None], outcome: str) -> Transition:

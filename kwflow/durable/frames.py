@@ -16,6 +16,7 @@ from kwflow.durable import registry
 from kwflow.durable.awaiting import below
 from kwflow.durable.driving import set_abandoning
 from kwflow.durable.lower.scopes import ITERATOR
+from kwflow.durable.refusals import made_durable
 from kwflow.durable.registry import Function
 from kwflow.durable.runtime import Resume, shown
 from kwflow.errors import CodeChangedError, KwflowBug, NotDurableError, UsageError
@@ -59,11 +60,8 @@ def is_durable(value: Any) -> bool:
 def _function(gen: Gen) -> Function:
     function = registry.function_of(gen.gi_code)
     if function is None:
-        code = gen.gi_code
-        raise NotDurableError(
-            f"the generator {gen.__qualname__} ({code.co_filename}:{code.co_firstlineno}) is not durable; "
-            "load its module with kwflow (pass it to the engine, or set __kwflow_durable__ = True in it)"
-        )
+        code, module = gen.gi_code, gen.gi_frame.f_globals.get("__name__", "") if gen.gi_frame is not None else ""
+        raise NotDurableError(f"the generator {gen.__qualname__} ({code.co_filename}:{code.co_firstlineno}) is not durable; {made_durable(module, code.co_filename)}")
     return function
 
 

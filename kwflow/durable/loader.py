@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from kwflow.durable import cache, iters, names, registry, runtime
 from kwflow.durable.lower import lower_module
+from kwflow.durable.refusals import made_durable
 from kwflow.errors import NotDurableWarning, UnsupportedError, UsageError
 
 __all__ = ["durable", "execute", "load_source", "naming", "native", "run"]
@@ -124,11 +125,12 @@ def run(module: types.ModuleType, source: str | ast.Module, filename: str) -> No
         registry.remove_module(lowered, before)
         raise
     foreign = [(name, value) for name, value in module.__dict__.items() if isinstance(value, types.FunctionType) and value.__module__ != module.__name__]
-    for name, value in foreign:
+    for name, value in foreign if "site-packages" not in filename else ():  # its author knows nothing of kwflow, and its user cannot change what a library imports
         kind = "generator" if inspect.isgeneratorfunction(value) else "coroutine" if inspect.iscoroutinefunction(value) else ""
         if kind and registry.function_of(value.__code__) is None:
             text = f"{module.__name__}.{name} is a {kind} function of {value.__module__}, which is not durable: a workflow cannot wait in it"
-            warnings.warn(text, NotDurableWarning, stacklevel=2)
+            remedy = "" if (value.__module__ or "").partition(".")[0] in sys.stdlib_module_names else f"; {made_durable(value.__module__ or '', value.__code__.co_filename)}"
+            warnings.warn(text + remedy, NotDurableWarning, stacklevel=2)
 
 
 def execute(module: types.ModuleType, lowered: registry.Module, bound: Mapping[str, type] = MappingProxyType({})) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from kwflow.errors import UsageError
 
-__all__ = ["asyncio_refusal", "no_iterator", "no_manager", "not_awaitable"]
+__all__ = ["asyncio_refusal", "made_durable", "no_iterator", "no_manager", "not_awaitable"]
 
 _NO_LOCK = "no lock around code without waits, because nothing else of this workflow runs between two waits; otherwise, one task that works sequentially"
 _INSTEAD = {
@@ -48,14 +48,23 @@ def asyncio_refusal(value: object) -> UsageError | None:
             unawaited.close()  # otherwise the interpreter would warn that it was never awaited
         if module.split(".")[0] == "asyncio":
             return _refusal(f"asyncio's {name}", name.split(".")[0])
-        return UsageError(f"{name} ({code.co_filename}:{code.co_firstlineno}) is a coroutine of code that is not durable, so it could not be saved; {_DURABLE}")
+        return UsageError(f"{name} ({code.co_filename}:{code.co_firstlineno}) is a coroutine of code that is not durable, so it could not be saved; {made_durable(module, code.co_filename)}")
     if inspect.isasyncgen(value):
         code = value.ag_code
-        return UsageError(f"{value.__qualname__} ({code.co_filename}:{code.co_firstlineno}) is an async generator of code that is not durable; {_DURABLE}")
+        remedy = made_durable(value.ag_frame.f_globals.get("__name__", "") if value.ag_frame is not None else "", code.co_filename)
+        return UsageError(f"{value.__qualname__} ({code.co_filename}:{code.co_firstlineno}) is an async generator of code that is not durable; {remedy}")
     return None
 
 
-_DURABLE = "make its module durable (pass it to the engine, or set __kwflow_durable__ = True in it)"
+def made_durable(module: str, filename: str) -> str:
+    """Return what makes the code of this module and file durable.  A module that is not a library's may also say so itself."""
+    package = module.partition(".")[0]
+    if module == "__main__":
+        return "the main program is never durable: move it to a durable module that the program imports"
+    if package in sys.stdlib_module_names:
+        return "the standard library is never durable: keep a list of what it gives, or write the function in a durable module"
+    listed = f"list {package!r} under [durable] packages in kwflow.toml (in a test: kwflow_durable)" if package else "list its package under [durable] packages in kwflow.toml"
+    return listed if "site-packages" in filename else f"{listed}, or set __kwflow_durable__ = True in the module"
 
 
 def _refusal(what: str, name: str) -> UsageError:

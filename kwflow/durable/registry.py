@@ -22,7 +22,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-RUNTIME = "__@kw__"  # the global that lowered code calls; `import *` does not import it, and classes do not mangle it
+RUNTIME = "__@kw__"  # a global that lowered code uses, as `__@type__` and others are; `import *` and `vars` filtered by `__` leave it out, and classes do not mangle it
 
 
 class Label(NamedTuple):

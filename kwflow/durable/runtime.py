@@ -219,7 +219,8 @@ def looked(function: Any, found: Any) -> Any:
 
 def inject(namespace: dict[str, Any], module: Module, bound: Mapping[str, type]) -> None:
     """Add to a module's namespace the globals that its lowered code uses besides the author's."""
-    namespace.update({RUNTIME: Runtime(module, bound), "@type": builtins.type, "@iter": builtins.iter, "@exc_info": sys.exc_info, "@managers": _managers, "@iterators": _ITERATORS, "@empty": _EMPTY})
+    namespace.update({RUNTIME: Runtime(module, bound), "__@type__": builtins.type, "__@iter__": builtins.iter, "__@exc_info__": sys.exc_info})
+    namespace.update({"__@managers__": _managers, "__@iterators__": _ITERATORS, "__@empty__": _EMPTY})
 
 
 class Runtime:

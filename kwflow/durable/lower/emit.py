@@ -52,7 +52,7 @@ def is_bound(scope: Scope, name: str) -> ast.expr:
     In the cold twin it is a free variable, and reading it unbound would raise only a NameError.
     """
     cell = ast.Subscript(load("@c"), constant(scope.captured.index(name)), ast.Load())
-    return ast.Compare(cell, [ast.NotEq()], [load("@empty")])
+    return ast.Compare(cell, [ast.NotEq()], [load("__@empty__")])
 
 
 def located(tree: ast.Module) -> ast.Module:

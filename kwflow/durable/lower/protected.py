@@ -17,12 +17,12 @@ __all__ = ["Protected"]
 
 
 def _type_of(name: str) -> ast.expr:
-    return ast.Call(load("@type"), [load(name)], [])
+    return ast.Call(load("__@type__"), [load(name)], [])
 
 
 def _kept() -> ast.expr:
     """Return the test whether a `finally` runs: always if no exception is pending, and then without asking the runtime."""
-    error = ast.Subscript(ast.Call(load("@exc_info"), [], []), constant(1), ast.Load())
+    error = ast.Subscript(ast.Call(load("__@exc_info__"), [], []), constant(1), ast.Load())
     return ast.BoolOp(ast.Or(), [ast.Compare(error, [ast.Is()], [constant(None)]), call("kept")])
 
 
@@ -253,7 +253,7 @@ class Protected(Expressions):
     @staticmethod
     def _enter(manager: str) -> ast.expr:
         """Return a call of `__enter__`.  Types that are not known to be safe get the checks of the with statement, and the driver is told."""
-        known = ast.Compare(_type_of(manager), [ast.In()], [load("@managers")])
+        known = ast.Compare(_type_of(manager), [ast.In()], [load("__@managers__")])
         quick = ast.Call(ast.Attribute(_type_of(manager), "__enter__", ast.Load()), [load(manager)], [])
         return ast.IfExp(known, quick, call("entered", load(manager), ast.Call(call("entry", load(manager)), [load(manager)], [])))
 
@@ -264,7 +264,7 @@ class Protected(Expressions):
     def _goes_on(self, manager: str) -> ast.expr:
         """Return the test whether the exception propagates; `__exit__` is not called if the generator is merely forgotten (G8)."""
         forgotten = ast.UnaryOp(ast.Not(), call("kept"))
-        return ast.BoolOp(ast.Or(), [forgotten, ast.UnaryOp(ast.Not(), self._exit(manager, ast.Starred(ast.Call(load("@exc_info"), [], []), ast.Load())))])
+        return ast.BoolOp(ast.Or(), [forgotten, ast.UnaryOp(ast.Not(), self._exit(manager, ast.Starred(ast.Call(load("__@exc_info__"), [], []), ast.Load())))])
 
 
 def _escapes(node: ast.AST, in_loop: bool) -> bool:

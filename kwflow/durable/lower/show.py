@@ -18,7 +18,7 @@ __all__ = ["Shape", "functions_of", "lowered_text", "shapes_of"]
 
 _SPECIAL = {
     RUNTIME: "runtime", "@l": "label_", "@r": "reach_", "@c": "cells_", "@S": "saved_",
-    "@type": "type", "@exc_info": "exc_info", "@managers": "known_managers", "@iter": "iter", "@iterators": "known_iterators", "@empty": "empty_cell",
+    "__@type__": "type", "__@exc_info__": "exc_info", "__@managers__": "known_managers", "__@iter__": "iter", "__@iterators__": "known_iterators", "__@empty__": "empty_cell",
 }
 
 

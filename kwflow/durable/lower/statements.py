@@ -241,8 +241,8 @@ class Statements(Asyncs):
             self._for_without_waits(node, source, self.held(holding))
             return
         iterator = self.temporary("for-iterator")
-        self.emit(assign(iterator, ast.Call(load("@iter"), [source], [])))
-        strange = ast.Compare(ast.Call(load("@type"), [load(iterator)], []), [ast.NotIn()], [load("@iterators")])
+        self.emit(assign(iterator, ast.Call(load("__@iter__"), [source], [])))
+        strange = ast.Compare(ast.Call(load("__@type__"), [load(iterator)], []), [ast.NotIn()], [load("__@iterators__")])
         self.emit(ast.If(strange, [assign(iterator, call("iterator", load(iterator)))], []))
         self.release(self.held(holding))
         del self.live[mark:]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from kwflow import durable
-from kwflow.errors import UnsavableError
+from kwflow.errors import NotDurableWarning, UnsavableError
 
 
 def kept(source: str, name: str) -> Any:
@@ -147,3 +147,26 @@ def held():
 """,
         "attrs",
     ) == (1, True, True)
+
+
+@pytest.mark.parametrize(
+    ("made", "remedy"),
+    [
+        ("__import__('pygments.lexers').lexers.PythonLexer().get_tokens('1')", r"list 'pygments' under \[durable\] packages in kwflow.toml \(in a test: kwflow_durable\)$"),
+        ("__import__('os').walk('.')", "the standard library is never durable: keep a list of what it gives"),
+        ("__import__('tests.spec.test_semantics').spec.test_semantics.plain()", r"list 'tests' under \[durable\] packages .*, or set __kwflow_durable__ = True in the module$"),
+    ],
+)
+def test_a_generator_of_code_that_is_not_durable_is_refused_with_what_makes_it_so(made: str, remedy: str) -> None:
+    """docs/LOCALS.md "Libraries"."""
+    with pytest.raises(UnsavableError, match=f"'gen' of held .*{remedy}"):
+        kept(f"def held():\n    gen = {made}\n    next(gen)\n    yield\n", "refused")
+
+
+def test_an_import_of_a_generator_of_a_library_warns_with_the_package_to_list(recwarn: pytest.WarningsRecorder) -> None:
+    """docs/LOCALS.md "Libraries". What libraries import from each other is none of an author's business: it is refused where a variable holds it."""
+    source = "from pygments.lexers import get_all_lexers\n"
+    durable.load_source("imports_a_generator", source, "imports_a_generator.py")
+    assert str(recwarn.pop(NotDurableWarning).message).endswith("a workflow cannot wait in it; list 'pygments' under [durable] packages in kwflow.toml (in a test: kwflow_durable)")
+    durable.load_source("imports_in_a_library", source, "/usr/lib/site-packages/imports_in_a_library.py")
+    assert not recwarn.list

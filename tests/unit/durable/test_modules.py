@@ -250,3 +250,9 @@ def test_what_a_function_has_yet_to_import_is_stored_with_it(write: Write, tmp_p
         w.resume("w", "a")
     w.resume("w", "b")
     assert w.result("w") == 4
+
+
+def test_what_lowering_adds_to_a_module_is_not_among_its_public_names() -> None:
+    """docs/LOCALS.md "Libraries": libraries walk `vars` of their modules (toolz curries what it finds there), and `import *` copies every name without an underscore."""
+    module = durable.load_source("public_names", "def f(xs):\n    for x in xs:\n        yield x\n")
+    assert [name for name in vars(module) if name[:2] != "__" or name[-2:] != "__"] == ["f"]
