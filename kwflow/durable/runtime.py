@@ -198,6 +198,14 @@ class Resume:
         raise AttributeError(name)
 
 
+_VALUES = (str, bytes, int, float, complex)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether these are one object, or would be if none had been saved and made again."""
+    return one is other or (type(one) is type(other) and type(one) in _VALUES and bool(one == other))
+
+
 def unbound(name: str) -> NoReturn:
     """Raise the error for reading a variable of this generator that is not bound."""
     raise UnboundLocalError(f"cannot access local variable {name!r} where it is not associated with a value")
@@ -238,6 +246,7 @@ class Runtime:
     relink = staticmethod(tracebacks.relink)
     looked = staticmethod(looked)
     unbound = staticmethod(unbound)
+    same = staticmethod(same)
     chain = itertools.chain
     slice = builtins.slice
     Resume = Resume

@@ -17,6 +17,7 @@ CASES: list[Case] = [
     ("A call with a wait among its arguments", "What was evaluated before the wait is kept, in CPython's order; what comes after stays in place.", "def f(a):\n    x = g(a.b, (yield 1), a.c)\n", True),
     ("Chained comparison", "The next operand is evaluated only if the comparison so far holds.", "def f(a, c):\n    return a < (yield) < c\n", False),
     ("and, or, conditional", "The test of the left side comes before the right side is evaluated.", "def f(a):\n    return a and (yield 1) or ((yield 2) if a else 3)\n", False),
+    ("A constant compared by identity", "`same` is also true for an equal text or number: a restored one is another object than the module's.", "LOW = 'low'\ndef f(a):\n    if (yield) is LOW:\n        return a is not LOW\n", False),
     ("f-string", "A piece before a wait is formatted before it.", 'def f(a):\n    return f"{a:>3} {(yield)}"\n', False),
     ("Display with a star", "The iterable is unpacked before the wait.", "def f(a):\n    return [*a, (yield)]\n", False),
     ("Augmented assignment", "The target is read before the wait; in-place operators stay.", "def f(o):\n    o.total[0] += yield\n", False),

@@ -32,6 +32,7 @@ class ModuleLowering:
         self.filename = filename
         self.scopes = scopes
         self.flags = flags
+        self.constants = {name for node in scopes if isinstance(node, ast.Module) for name in _constants(node)}
         self.labels: dict[str, tuple[Label, ...]] = {}
 
     def module(self, tree: ast.Module, bound: frozenset[str]) -> ast.Module:
@@ -171,6 +172,12 @@ class ModuleLowering:
         return _renamed(code.replace(co_name=name), f"@factory.<locals>.{code.co_name}", scope.qualname)
 
 
+def _constants(tree: ast.Module) -> list[str]:
+    """Return the names to which the module's top level assigns a text, bytes or a number: objects that are made again with each restore."""
+    made = [(node.targets[0] if isinstance(node, ast.Assign) else node.target, node.value) for node in tree.body if isinstance(node, (ast.Assign, ast.AnnAssign))]
+    return [target.id for target, value in made if isinstance(target, ast.Name) and isinstance(value, ast.Constant) and type(value.value) in (str, bytes, int, float, complex)]
+
+
 def _taken(node: ast.ClassDef) -> ast.stmt:
     """Return what replaces a class statement: an assignment of the class that the runtime has for it."""
     return ast.copy_location(assign(node.name, ast.Subscript(helper("bound"), constant(node.name), ast.Load())), node)
@@ -308,6 +315,21 @@ class Rewriter(Spelling):
         first = node.generators[0]
         started = ast.copy_location(call("aiter" if first.is_async else "iter", self.visit(first.iter)), first.iter)
         return ast.Call(ast.copy_location(call("closure", constant(scope.path), template(scope)), node), [started], [])
+
+    def visit_Compare(self, node: ast.Compare) -> Any:
+        """Have `x is NAME`, where NAME is a text or number of the module, also true for an equal one: a restored value is another object."""
+        if len(node.ops) > 1 or not isinstance(node.ops[0], (ast.Is, ast.IsNot)) or not any(map(self._is_constant, (node.left, *node.comparators))):
+            return self.rebuilt(node)
+        same = ast.copy_location(call("same", self.visit(node.left), self.visit(node.comparators[0])), node)
+        return same if isinstance(node.ops[0], ast.Is) else ast.copy_location(ast.UnaryOp(ast.Not(), same), node)
+
+    def _is_constant(self, node: ast.expr) -> bool:
+        if not isinstance(node, ast.Name) or node.id not in self.module.constants:
+            return False
+        scope: Scope | None = self.scope
+        while scope is not None and scope.kind != "module" and (node.id not in scope.bound or node.id in scope.globals):
+            scope = scope.parent
+        return scope is None or scope.kind == "module"
 
     def visit_Yield(self, node: ast.Yield) -> Any:
         if not self.scope.produces:
