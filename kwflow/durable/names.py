@@ -38,7 +38,7 @@ ITERTOOLS = frozenset(  # of the original and of iters.py
 )
 CONSTRUCTORS = frozenset(  # of rebuild.py
     "bound cell class_by_value custom exception exit_callback function generator global_of imported_module instance iterator_at local_class logger mapping_proxy match memory "
-    "method named nothing numpy_array path set_class super_of view Wrapped zone".split()
+    "method named nothing numpy_array path set_class set_contents super_of view Wrapped zone".split()
 )
 _CLASSES: dict[str, frozenset[str]] = {
     module: frozenset(names.split())

@@ -31,7 +31,7 @@ from kwflow.errors import CodeChangedError, CorruptSnapshotError, SnapshotError
 __all__ = [
     "CONSTRUCTORS", "CURRENT", "MINOR", "Names", "Wrapped", "bound", "builders", "cell", "class_by_value", "custom", "exception", "exit_callback", "function", "generator", "global_of",
     "imported_module", "instance", "iterator_at", "local_class", "logger", "mapping_proxy", "match", "memory", "method", "named", "nothing", "numpy_array", "path", "register", "set_class",
-    "set_function", "super_of", "tag_of", "view", "zone",
+    "set_contents", "set_function", "super_of", "tag_of", "view", "zone",
 ]  # fmt: skip
 
 _makers: dict[int, Callable[[], Any]] = {}
@@ -238,6 +238,20 @@ def set_class(made: type[Any], state: tuple[dict[str, Any], dict[str, Any] | Non
         setattr(made, name, _member(value))
     if dataclass is not None:
         importlib.import_module("dataclasses").dataclass(**dataclass)(made)
+
+
+def set_contents(made: Any, saved: tuple[Any, Any]) -> None:
+    """Fill an object of a subclass of dict, list or set: with its attributes, and then with what it holds, by none of the methods of its class."""
+    kind = next((kind for kind in (dict, list, set) if isinstance(made, kind) and type(made) is not kind), None)
+    if kind is None:
+        raise CorruptSnapshotError(f"a snapshot fills a {type(made).__qualname__}")
+    attributes, held = saved
+    own, slots = attributes if isinstance(attributes, tuple) else (attributes, None)
+    if own:
+        vars(made).update(own)
+    for name, value in (slots or {}).items():
+        object.__setattr__(made, name, value)
+    {dict: dict.update, list: list.extend, set: set.update}[kind](made, held)  # type: ignore[operator]
 
 
 def _member(value: Any) -> Any:

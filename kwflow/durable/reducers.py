@@ -26,7 +26,7 @@ from kwflow.durable import names, positions, rebuild, registry
 from kwflow.durable.names import Refused
 from kwflow.errors import UsageError
 
-__all__ = ["PROTOCOL", "as_pickle_reduces", "cannot_be_filled", "is_value", "plain", "reduce_module", "reducer_of", "register_reducer"]
+__all__ = ["PROTOCOL", "as_pickle_reduces", "cannot_be_filled", "has_contents", "is_value", "plain", "reduce_contents", "reduce_module", "reducer_of", "register_reducer"]
 
 PROTOCOL = 5  # of pickle
 Reducer = Callable[[Any], Any]
@@ -111,6 +111,24 @@ def cannot_be_filled(cls: Any) -> bool:
     except Exception:
         return True
     return False
+
+
+def has_contents(cls: Any) -> bool:
+    """Whether this subclass of dict, list or set fills itself by a method of its own, which pickle would call while the object has no attributes yet."""
+    if any(hasattr(cls, name) for name in ("__setstate__", "__getnewargs__", "__getnewargs_ex__")) or cls.__getstate__ is not object.__getstate__ or cls.__reduce_ex__ is not object.__reduce_ex__:
+        return False
+    if issubclass(cls, dict):
+        return cls.__reduce__ is object.__reduce__ and cls.__new__ is dict.__new__ and cls.items is dict.items and cls.__setitem__ is not dict.__setitem__
+    if issubclass(cls, list):
+        filled = cls.append is list.append and cls.extend is list.extend
+        return cls.__reduce__ is object.__reduce__ and cls.__new__ is list.__new__ and cls.__iter__ is list.__iter__ and not filled
+    return issubclass(cls, set) and cls.__reduce__ is set.__reduce__ and cls.__new__ is set.__new__ and cls.__iter__ is set.__iter__ and cls.__init__ is not set.__init__
+
+
+def reduce_contents(value: Any) -> Any:
+    """Reduce such an object to an empty one that is filled once it has attributes."""
+    held = dict(value) if isinstance(value, dict) else list(value)
+    return copyreg.__newobj__, (type(value),), (value.__getstate__(), held), None, None, rebuild.set_contents  # type: ignore[attr-defined]
 
 
 # -- attributes of builtin objects -----------------------------------------------------------------------------------

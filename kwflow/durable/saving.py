@@ -18,7 +18,7 @@ from kwflow.durable.body import CELL, EXCEPTION, FUNCTION, KINDS, OBJECT, REENTE
 from kwflow.durable.frames import snap
 from kwflow.durable.local_classes import by_value, reduce_class
 from kwflow.durable.names import Refused
-from kwflow.durable.reducers import PROTOCOL, as_pickle_reduces, cannot_be_filled, is_value, plain, reduce_module, reducer_of
+from kwflow.durable.reducers import PROTOCOL, as_pickle_reduces, cannot_be_filled, has_contents, is_value, plain, reduce_contents, reduce_module, reducer_of
 from kwflow.durable.stacks import is_async_callback
 from kwflow.errors import KwflowBug
 
@@ -97,6 +97,8 @@ class GraphPickler(pickle.Pickler):
             _REDUCERS[cls] = GraphPickler.reduced
         elif isinstance(as_pickle_reduces(value), str):
             _REDUCERS[cls] = GraphPickler.by_name
+        elif has_contents(cls):
+            _REDUCERS[cls] = GraphPickler.contents
         elif cannot_be_filled(cls):
             _REDUCERS[cls] = GraphPickler.unfillable
         else:
@@ -136,6 +138,9 @@ class GraphPickler(pickle.Pickler):
             name = type(value).__qualname__
             raise Refused(f"the __getattr__ of {name} fails on an object without attributes, so it could not be loaded; let it raise AttributeError for names that begin with __")
         return made
+
+    def contents(self, value: Any) -> Any:
+        return self.sentinel(value) or reduce_contents(value)
 
     def resource(self, value: Any) -> Any:
         known = self.sentinel(value)

@@ -95,9 +95,15 @@ def _finds(constructor: str, name_of: Callable[..., str]) -> Callable[..., type]
     return found
 
 
-_FINDING: dict[str, Callable[..., type]] = {
+def _set_contents(made: Any, saved: Any) -> None:
+    if isinstance(made, Stub):
+        made.state = saved
+
+
+_FINDING: dict[str, Callable[..., Any]] = {
     "class_by_value": _finds("class_by_value", lambda *_: "class_by_value"),
     "local_class": _finds("local_class", lambda metaclass, name, *_: text(name)),
+    "set_contents": _set_contents,
     "named": _finds("named", lambda module, qualname: f"{text(module)}.{text(qualname)}"),
 }
 
