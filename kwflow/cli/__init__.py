@@ -30,6 +30,7 @@ _COMMANDS = {  # in the order of the help: where each command or group of comman
     "cancel": "messages.cancel", "terminate": "messages.terminate", "pause": "messages.pause", "unpause": "messages.unpause", "fork": "messages.fork", "rewind": "messages.rewind",
     "result": "messages.result", "show": "instances.show", "checkpoints": "instances.checkpoints", "history": "history.history", "tail": "records.tail", "reset": "topics.reset",
     "list": "instances.list_", "dead-letters": "dead_letters.dead", "schedule": "schedules.schedules_app", "topics": "topics.topics_app", "code": "code.code_app", "bulk": "bulk.bulk_app",
+    "export": "archive.export", "import": "archive.import_",
 }  # fmt: skip
 
 

@@ -148,7 +148,7 @@ class Calls:
                 self.instance.extra.setdefault("calls", []).append(msgspec.to_builtins(given))
             return job
         wait = ActivityWait(self.next_id(), self.record.timestamp_ms, name, attempt)
-        call = Dispatch(self.instance.id, wait.ref, name, attempt, key or wait.ref, arguments, self.travelling, wait.since_ms)
+        call = Dispatch(self.instance.id, wait.ref, name, attempt, key or wait.ref, arguments, self.travelling, wait.since_ms, queue or "")
         self._spend(size_of(call))
         self.register(wait)
         self.dispatch.append(call)

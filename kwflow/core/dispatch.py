@@ -25,6 +25,7 @@ class Dispatch(msgspec.Struct, frozen=True, omit_defaults=True):
     """Start this attempt of a call, which a record of the time `called_ms` asked for (0 if an earlier kwflow stored it).
 
     `key` is the ref of its first attempt, the same for all attempts.  `headers` travel on with the answer (semantics §9.3).
+    `queue`: the one whose call an engine runs that has no workers, so that an engine that has them can hand it out.
     """
 
     workflow_id: str
@@ -35,6 +36,7 @@ class Dispatch(msgspec.Struct, frozen=True, omit_defaults=True):
     arguments: bytes
     headers: Headers = ()
     called_ms: int = 0
+    queue: str = ""
 
 
 class Withdraw(msgspec.Struct, frozen=True):

@@ -18,7 +18,7 @@ from kwflow.runners.instances import header_of
 from kwflow.runners.outside import Write, read, sole_writer, states
 from kwflow.runners.parked import ADDRESS, HOLD, holds
 
-__all__ = ["Parked", "Settled", "letters_of", "no_such", "note_of", "parked_of", "settle"]
+__all__ = ["Parked", "Settled", "letters_of", "no_such", "note_of", "open_in", "parked_of", "settle"]
 
 _DONE = "kwflow-dead-letter-done"
 _FIRST = "kwflow-original-timestamp"
@@ -54,9 +54,14 @@ def note_of(letter: Record, name: str) -> str | None:
 
 def letters_of(settings: Config, embedded: Path | None) -> dict[str, Record]:
     """Identity (`<partition>:<offset>`) -> open dead letter; letters that only report a parked instance are left out."""
+    return open_in(read(settings, embedded, settings.dead_letter_topic))
+
+
+def open_in(records: Iterable[Record]) -> dict[str, Record]:
+    """`letters_of`, of these records of its topic."""
     letters: dict[str, Record] = {}
     done: set[bytes | None] = set()
-    for record in read(settings, embedded, settings.dead_letter_topic):
+    for record in records:
         reason = note_of(record, "reason")
         if reason is None:  # a mark, not a letter; a letter may carry any header of its sender, even this one
             done |= {value for name, value in record.headers if name == _DONE}

@@ -184,7 +184,7 @@ def test_what_a_group_has_forgotten_is_known_from_the_state_when_partitions_are_
     lab.send("resume", "w", "new:{}")
     turn(engine, lambda: engine.owned and engine.owned[0].position == 1)
     engine.run(lambda: True)
-    upkeep._standing_still(admin, config)
+    upkeep.standing_still(admin, config)
     [done] = admin.delete_consumer_groups([config.application_id]).values()
     done.result(10)
     upkeep.migrate(config, 2, lambda _: None)

@@ -27,9 +27,10 @@ from kwflow.runners.kafka.environment import Consumer, Environment
 from kwflow.runners.kafka.reading import gather
 from kwflow.runners.kafka.topics import transient
 
-__all__ = ["MOVED", "POSITION", "NoStore", "Partition", "PartitionStore", "Position", "Restore", "agreed", "position_of"]
+__all__ = ["IMPORT", "MOVED", "POSITION", "NoStore", "Partition", "PartitionStore", "Position", "Restore", "agreed", "importing", "position_of"]
 
 POSITION = b"\0kwflow"  # the key of a Position
+IMPORT = "import "  # instead of a topic's id, before the id of an archive: a part of it is in the state
 MOVED = -1
 
 _STATE, _META = b"s", b"m"
@@ -299,6 +300,12 @@ def position_of(saved: bytes | None, where: str) -> Position | None:
         return msgspec.json.decode(saved, type=Position) if saved is not None else None
     except msgspec.DecodeError as error:
         raise TransportError(f"{where}: the position in its changelog cannot be read ({error}); --accept-offset-reset starts at the position of the group", retryable=False) from None
+
+
+def importing(saved: bytes | None, where: str) -> str | None:
+    """The id of the archive whose import into this state has not ended; None if there is none."""
+    known = position_of(saved, where)
+    return known.topic.removeprefix(IMPORT) if known is not None and known.topic.startswith(IMPORT) else None
 
 
 def agreed(saved: bytes | None, committed: int, incarnation: str, partitions: int, where: str) -> int | None:

@@ -24,7 +24,7 @@ from kwflow.runners.kafka.member import END_WAIT_MS, TRANSACTION_S, Member, agai
 from kwflow.runners.kafka.orphans import Orphans
 from kwflow.runners.kafka.owners import Owner, Owners
 from kwflow.runners.kafka.standby import Cleanup, Copies, Standby
-from kwflow.runners.kafka.state import MOVED, POSITION, NoStore, Partition, PartitionStore, Restore, agreed
+from kwflow.runners.kafka.state import MOVED, POSITION, NoStore, Partition, PartitionStore, Restore, agreed, importing
 
 __all__ = ["Takeover"]
 
@@ -353,6 +353,8 @@ class Takeover:
         for number in numbers:
             (restore, committed), where, begin, end = self.restoring[number], f"{self._topic}[{number}]", begins[number], ends[number]
             store = restore.store
+            if importing(store.get(POSITION), where) is not None:
+                raise TransportError(f"{where}: an archive was imported only in part; finish it with the same kwflow import, or begin anew with kwflow reset", retryable=False)
             position = None if member.config.accept_offset_reset else agreed(store.get(POSITION), committed, member.incarnation, member.partitions, where)
             if position == MOVED:
                 if self._committed([number]) == {number: committed}:

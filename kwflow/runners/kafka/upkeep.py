@@ -18,32 +18,29 @@ from confluent_kafka import ConsumerGroupState, ConsumerGroupTopicPartitions, Ka
 from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic  # type: ignore[attr-defined]
 
 from kwflow.config import Config
-from kwflow.core import dispatch, timers
+from kwflow.core import timers
 from kwflow.core.murmur2 import partition_of
 from kwflow.errors import TransportError, UsageError
 from kwflow.runners.activities.heart import HEADERS
-from kwflow.runners.checkpoints import of_checkpoint
 from kwflow.runners.code import WRITTEN
-from kwflow.runners.ended import EXPIRES, FORGOTTEN
+from kwflow.runners.ended import FORGOTTEN
 from kwflow.runners.kafka import topics
 from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.environment import made
 from kwflow.runners.kafka.link import latest, read
 from kwflow.runners.kafka.state import POSITION, Position, position_of
-from kwflow.runners.moved import MOVES, moves_of
-from kwflow.runners.parked import of_hold
+from kwflow.runners.moved import MOVES, home_of, moves_of
 
-__all__ = ["migrate", "reencrypt", "reset", "reset_plan"]
+__all__ = ["chunks", "following", "groups_of", "marked", "migrate", "reencrypt", "reset", "reset_plan", "standing_still"]
 
 _TIMEOUT_S = 30
 _SESSION_MS = 6000
 _AGAIN_S = 0.05
 _Item = TypeVar("_Item")
 _MOVED_MAX = 1000  # entries in one transaction
-_ID = {EXPIRES: 1, dispatch.PREFIX: 2, timers.DUE: 2}  # prefix of an engine's own keys -> how many fields such a key has beside the record key it belongs to
 
 
-def _groups(config: Config) -> dict[str, tuple[str, str]]:
+def groups_of(config: Config) -> dict[str, tuple[str, str]]:
     """Consumer group -> (input topic, changelog)."""
     return {
         config.application_id: (config.resume_topic, config.changelog_topic),
@@ -59,7 +56,7 @@ def _done(futures: dict[Any, Any], what: str) -> list[Any]:
         raise TransportError(f"cannot {what}: {error.args[0].name()}: {error.args[0].str()}", retryable=False) from None
 
 
-def _standing_still(admin: AdminClient, config: Config) -> None:
+def standing_still(admin: AdminClient, config: Config) -> None:
     """Wait until nothing runs.  Raises UsageError that names what still runs; stopped static members stay in the group for a session timeout (KIP-345)."""
     give_up = time.monotonic() + 2 * int(config.kafka.get("session.timeout.ms", _SESSION_MS)) / 1000
     while running := _running(admin, config):
@@ -70,7 +67,7 @@ def _standing_still(admin: AdminClient, config: Config) -> None:
 
 def _running(admin: AdminClient, config: Config) -> str:
     """The names of our groups' members or, if they are not known, of a group that is in use; "" if nothing runs."""
-    groups = _asked(lambda: admin.describe_consumer_groups(list(_groups(config)), request_timeout=_TIMEOUT_S), "describe the consumer groups")
+    groups = _asked(lambda: admin.describe_consumer_groups(list(groups_of(config)), request_timeout=_TIMEOUT_S), "describe the consumer groups")
     running = [group for group in groups if group.state not in (ConsumerGroupState.EMPTY, ConsumerGroupState.DEAD) or group.members]
     return ", ".join(sorted({member.group_instance_id or member.client_id for group in running for member in group.members})) or (running[0].group_id if running else "")
 
@@ -102,7 +99,17 @@ def _offsets(admin: AdminClient, group: str, topic: str, partitions: int) -> dic
     return {place.partition: place.offset for place in answer.topic_partitions if place.offset >= 0}
 
 
-def _marked(state: dict[bytes, bytes], incarnation: str, where: str) -> int | None:
+def following(config: Config, admin: AdminClient, group: str, topic: str, changelog: str, partitions: int) -> dict[int, int]:
+    """Partition -> the offset of the next record to be applied: what the group has committed or, if it has forgotten that, what the state names."""
+    begins, (incarnation, _) = topics.ends(admin, topic, partitions, latest=False), topics.describe(admin, config, topic)
+    found = _offsets(admin, group, topic, partitions)
+    for number in begins.keys() - found.keys():
+        known = marked(latest(config, changelog, number), incarnation, f"{changelog}[{number}]")
+        found[number] = begins[number] if known is None else max(begins[number], known)
+    return found
+
+
+def marked(state: dict[bytes, bytes], incarnation: str, where: str) -> int | None:
     """The offset that the state names (K16), as a group forgets its own after a week without members; None if it names none of this topic."""
     known = position_of(state.get(POSITION), where)
     return known.next if known is not None and known.topic == incarnation else None
@@ -115,9 +122,9 @@ def reset_plan(config: Config, input_from: str) -> list[str]:
     """What `reset` would do, one line for each action.  Raises UsageError while something runs, TransportError."""
     admin = topics.admin(config)
     there = topics.partitions_of(admin, config)
-    _standing_still(admin, config)
+    standing_still(admin, config)
     lines = []
-    for group, (source, changelog) in _groups(config).items():
+    for group, (source, changelog) in groups_of(config).items():
         if changelog in there:
             live = sum(not key.startswith(b"\0") for number in range(there[changelog]) for key in latest(config, changelog, number))
             lines.append(f"delete and create again {changelog} ({live} {'instances' if changelog == config.changelog_topic else 'timers'})")
@@ -134,8 +141,8 @@ def reset(config: Config, input_from: str, say: Callable[[str], None]) -> None:
     """Forget every instance and timer.  Results, errors, dead letters and stored code stay.  Raises UsageError, TransportError."""
     admin = topics.admin(config)
     there = topics.partitions_of(admin, config)
-    _standing_still(admin, config)
-    for group, (source, changelog) in _groups(config).items():
+    standing_still(admin, config)
+    for group, (source, changelog) in groups_of(config).items():
         if changelog in there:
             _emptied(admin, config, changelog, there[changelog])
             say(f"{changelog} is empty")
@@ -191,14 +198,14 @@ def migrate(config: Config, partitions: int, say: Callable[[str], None]) -> None
     """
     admin = topics.admin(config)
     there = topics.partitions_of(admin, config)
-    _standing_still(admin, config)
-    for group, (source, changelog) in _groups(config).items():
+    standing_still(admin, config)
+    for group, (source, changelog) in groups_of(config).items():
         if source not in there or changelog not in there:
             raise UsageError(f"topic {source if source not in there else changelog} is missing; create it with kwflow topics create")
         if there[source] > partitions:
             raise UsageError(f"{source} has {there[source]} partitions; Kafka can only add partitions, not remove them")
         _applied(config, admin, group, source, changelog, there[source])
-    for group, (source, changelog) in _groups(config).items():
+    for group, (source, changelog) in groups_of(config).items():
         more = [NewPartitions(topic, partitions) for topic in (source, changelog) if there[topic] < partitions]
         if more:
             _done(admin.create_partitions(more, operation_timeout=_TIMEOUT_S), f"add partitions to {source} and {changelog}")
@@ -214,24 +221,10 @@ def _applied(config: Config, admin: AdminClient, group: str, topic: str, changel
 
     Heartbeats may be left, as their order does not matter: activities that run when an engine stops give their last ones after it has read its last record.
     """
-    begins, (incarnation, _) = topics.ends(admin, topic, partitions, latest=False), topics.describe(admin, config, topic)
-    committed = _offsets(admin, group, topic, partitions)
-    for number in begins.keys() - committed.keys():
-        marked = _marked(latest(config, changelog, number), incarnation, f"{changelog}[{number}]")
-        committed[number] = begins[number] if marked is None else max(begins[number], marked)
+    committed = following(config, admin, group, topic, changelog, partitions)
     waiting = sum(1 for number in range(partitions) for record in read(config, topic, number, committed[number]) if not set(HEADERS) <= set(record.headers))
     if waiting:
         raise UsageError(f"{waiting} records of {topic} are not applied yet; stop what produces them, let the engines finish, and stop the engines")
-
-
-def _home(key: bytes) -> bytes | None:
-    """The record key that decides which partition an entry belongs to; None for entries that each partition has of its own."""
-    if (of := of_hold(key) or of_checkpoint(key)) is not None:
-        return of
-    for prefix, fields in _ID.items():
-        if key.startswith(prefix):
-            return key[len(prefix) :].split(b"\0", fields)[fields]
-    return None if key.startswith(b"\0") else key
 
 
 def _move(config: Config, admin: AdminClient, group: str, source: str, changelog: str, partitions: int) -> int:
@@ -240,8 +233,8 @@ def _move(config: Config, admin: AdminClient, group: str, source: str, changelog
     states = {number: latest(config, changelog, number) for number in range(partitions)}
     moved = 0
     for number, state in states.items():
-        away = [(key, value, home) for key, value in state.items() if (of := _home(key)) is not None and (home := partition_of(of, partitions)) != number]
-        for chunk in _chunks(away):
+        away = [(key, value, home) for key, value in state.items() if (of := home_of(key)) is not None and (home := partition_of(of, partitions)) != number]
+        for chunk in chunks(away):
             producer.begin_transaction()
             for key, value, home in chunk:
                 put(value, key, home)
@@ -265,7 +258,7 @@ def _move(config: Config, admin: AdminClient, group: str, source: str, changelog
         else:
             put(b"%d" % moves, MOVES, number)
             put(None, FORGOTTEN, number)  # entries that moved here may expire sooner: the first one is looked up anew
-        following = committed.get(number, _marked(state, incarnation, f"{changelog}[{number}]") or 0)
+        following = committed.get(number, marked(state, incarnation, f"{changelog}[{number}]") or 0)
         put(msgspec.json.encode(Position(incarnation, following, partitions)), POSITION, number)
     producer.commit_transaction(60)
     return moved
@@ -279,7 +272,7 @@ def _writer(config: Config, admin: AdminClient, group: str, topic: str) -> tuple
     return producer, lambda value, key, number: producer.produce(topic, encryption.encrypt(topic, value)[0], key, partition=number)
 
 
-def _chunks(items: list[_Item]) -> Iterator[list[_Item]]:
+def chunks(items: list[_Item]) -> Iterator[list[_Item]]:
     for start in range(0, len(items), _MOVED_MAX):
         yield items[start : start + _MOVED_MAX]
 
@@ -293,15 +286,15 @@ def reencrypt(config: Config, say: Callable[[str], None]) -> None:
         raise UsageError("encryption_keys are not set, so there is no key to encrypt with")
     admin = topics.admin(config)
     there = topics.partitions_of(admin, config)
-    _standing_still(admin, config)
-    for group, topic in (*((group, changelog) for group, (_, changelog) in _groups(config).items()), (config.application_id, config.code_topic)):
+    standing_still(admin, config)
+    for group, topic in (*((group, changelog) for group, (_, changelog) in groups_of(config).items()), (config.application_id, config.code_topic)):
         if topic not in there:
             raise UsageError(f"topic {topic} is missing; create it with kwflow topics create")
         try:
             producer, put = _writer(config, admin, group, topic)
             written = 0
             for number in range(there[topic]):
-                for chunk in _chunks(list(latest(config, topic, number).items())):
+                for chunk in chunks(list(latest(config, topic, number).items())):
                     producer.begin_transaction()
                     for key, value in chunk:
                         put(value, key, number)

@@ -1,0 +1,107 @@
+"""An embedded engine's directory as an archive, and an archive as a new directory (decision 0065)."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from rocksdict import Rdict, WriteBatch, WriteOptions
+
+from kwflow.config import Config
+from kwflow.core import timers
+from kwflow.core.wire import Output
+from kwflow.errors import UsageError
+from kwflow.runners import archive, rocks
+from kwflow.runners.archive import CODE, LETTERS, RESUME, SCHEDULER, STATE, TIMERS, Entry, Head, Part, Sent, Tail
+from kwflow.runners.embedded.engine import Embedded
+from kwflow.runners.embedded.state import POSITION, EmbeddedStore, read_only, records_of
+from kwflow.runners.ended import FORGOTTEN
+from kwflow.runners.groups import Group
+from kwflow.runners.letters import open_in
+from kwflow.runners.moved import MOVES, Due, moves_of
+
+__all__ = ["bring", "take"]
+
+_OWN = {FORGOTTEN, MOVES, timers.COUNT}  # made anew where the state goes
+_WRITTEN_MAX = 1000  # parts in one write
+_NAMED_MAX = 3
+
+
+def take(config: Config, directory: Path, path: Path) -> tuple[dict[str, int], list[str]]:
+    """Write the archive of a directory as it is now, even while an engine holds it.  Return what is in it, and what is not, as text.  Raises UsageError, TransportError."""
+    left_out: list[str] = []
+    with contextlib.closing(read_only(directory)) as db, rocks.failing(directory):
+        moves = moves_of(EmbeddedStore(db, config.changelog_topic).get(MOVES))
+        return archive.write(path, config, moves, _parts(config, db, left_out), time.time_ns() // 1_000_000), left_out
+
+
+def _parts(config: Config, db: Rdict, left_out: list[str]) -> Iterator[Part]:
+    for table, changelog in ((STATE, config.changelog_topic), (TIMERS, config.timers_changelog_topic)):
+        yield from archive.entries(table, EmbeddedStore(db, changelog).scan(b""), _OWN, left_out)
+    code = {record.key: record.value for record in records_of(db, config.code_topic)}
+    yield from (Entry(CODE, key, value) for key, value in code.items() if key is not None and value is not None)
+    for role, topic in ((SCHEDULER, config.scheduler_topic), (RESUME, config.resume_topic)):
+        waiting = records_of(db, topic, int(db.get(POSITION + topic.encode()) or 0))
+        yield from (Sent(role, record.key, record.value, record.headers, record.timestamp_ms) for record in waiting)
+    for letter in open_in(records_of(db, config.dead_letter_topic)).values():
+        yield Sent(LETTERS, letter.key, letter.value, letter.headers, letter.timestamp_ms)
+
+
+def bring(config: Config, path: Path, directory: Path) -> dict[str, int]:
+    """Make a directory in which an engine continues what is in the archive; it is there only once it is whole.  Return what is in it.  Raises UsageError."""
+    if directory.exists() and any(directory.iterdir()):
+        raise UsageError(f"{directory} is not empty; an archive becomes a new directory, with nothing else in it")
+    found = archive.check(path, config)
+    if found.calls:
+        named = ", ".join(found.calls[:_NAMED_MAX])
+        raise UsageError(f"{len(found.calls)} calls in {path} wait in queues ({named}), and an embedded engine has no workers; let the workers answer them, then export again")
+    new = directory.with_name(f"{directory.name}.import")
+    shutil.rmtree(new, ignore_errors=True)  # of an import that was killed
+    engine = Embedded(new, _without_encryption(config), sync=False)
+    with contextlib.closing(engine), rocks.failing(new):
+        read, due = archive.parts(path, config), Due()
+        next(read)
+        for some in iter(lambda: list(itertools.islice(read, _WRITTEN_MAX)), []):
+            _put(config, engine, some, due)
+        last, durable = WriteBatch(raw_mode=True), WriteOptions()
+        last.put(EmbeddedStore(engine.db, config.changelog_topic).prefix + MOVES, b"%d" % (found.head.moves + 1))
+        if due.entry is not None:
+            last.put(EmbeddedStore(engine.db, config.timers_changelog_topic).prefix + timers.COUNT, due.entry)
+        durable.sync = True
+        engine.db.write(last, durable)
+    if directory.exists():
+        directory.rmdir()
+    new.rename(directory)
+    parent = os.open(directory.parent, os.O_RDONLY)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)
+    return found.counts
+
+
+def _without_encryption(config: Config) -> Config:
+    """The keys decrypt the archive; an engine that encrypts a local disk does not exist."""
+    plain = config.model_copy(update={"encryption_keys": []})
+    plain.__dict__.pop("cipher_keys", None)  # which may have been asked for already
+    return plain
+
+
+def _put(config: Config, engine: Embedded, some: Iterable[Head | Part | Tail], due: Due) -> None:
+    changelogs, topics = {STATE: config.changelog_topic, TIMERS: config.timers_changelog_topic}, {RESUME: config.resume_topic, SCHEDULER: config.scheduler_topic, LETTERS: config.dead_letter_topic}
+    batch, sent = WriteBatch(raw_mode=True), list[Output]()
+    for part in some:
+        if isinstance(part, Sent):
+            sent.append(Output(topics[part.role], part.key, part.value, part.headers, part.timestamp_ms))
+        elif isinstance(part, Entry) and part.table == CODE:
+            sent.append(Output(config.code_topic, part.key, part.value))
+        elif isinstance(part, Entry):
+            batch.put(EmbeddedStore(engine.db, changelogs[part.table]).prefix + part.key, part.value)
+            due.see(part.key)
+    engine.db.write(batch)
+    engine.append_all([Group(tuple(sent))])

@@ -1,0 +1,269 @@
+"""An application on Kafka that is stopped as an archive, and an archive as the state of an application that has none (decision 0065).
+
+An import that is killed can be repeated.  Before its first entry it marks the state, and no engine starts on a state with a
+mark.  Entries are written as often as it takes; what must be there once, records and calls, is in the last transaction, which
+also replaces the mark by the position (K16) where engines start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from confluent_kafka import KafkaError, KafkaException, Producer
+from confluent_kafka.admin import AdminClient
+
+from kwflow.config import Config
+from kwflow.core import dispatch, queues, timers
+from kwflow.core.dispatch import Dispatch
+from kwflow.core.murmur2 import partition_of
+from kwflow.core.wire import Headers
+from kwflow.errors import ProtocolError, TransportError, UsageError
+from kwflow.runners import archive
+from kwflow.runners.archive import CODE, LETTERS, RESUME, SCHEDULER, STATE, TIMERS, Call, Entry, Head, Part, Sent, Tail
+from kwflow.runners.code import WRITTEN
+from kwflow.runners.ended import FORGOTTEN
+from kwflow.runners.instances import header_of
+from kwflow.runners.kafka import topics
+from kwflow.runners.kafka.encryption import Encryption
+from kwflow.runners.kafka.environment import made
+from kwflow.runners.kafka.link import latest, read
+from kwflow.runners.kafka.state import IMPORT, POSITION, Position, importing, position_of
+from kwflow.runners.kafka.upkeep import chunks, following, groups_of, standing_still
+from kwflow.runners.letters import open_in
+from kwflow.runners.moved import MOVES, Due, home_of, moves_of
+
+__all__ = ["bring", "take"]
+
+_OWN = {FORGOTTEN, MOVES, POSITION, timers.COUNT}  # made anew where the state goes
+_TIMEOUT_S = 30
+_LAST_MS = 600_000  # the last transaction may be a large one
+_WRITTEN_MAX = 1000  # entries in one transaction
+_NAMED_MAX = 3
+
+
+# -- export ---------------------------------------------------------------------------------------------------------------
+
+
+def take(config: Config, path: Path) -> tuple[dict[str, int], list[str]]:
+    """Write the archive of a stopped application.  Return what is in it, and what could not be put into it, as text.  Raises UsageError, TransportError."""
+    admin = topics.admin(config)
+    there = topics.partitions_of(admin, config)
+    _check_topics(config, there)
+    standing_still(admin, config)
+    states = {number: latest(config, config.changelog_topic, number) for number in range(there[config.changelog_topic])}
+    for number, state in states.items():
+        if importing(state.get(POSITION), f"{config.changelog_topic}[{number}]") is not None:
+            raise UsageError(f"an archive was imported into {config.application_id} only in part; finish that first")
+    calls, left_out = _calls(config, there, states)
+    moves = max(moves_of(state.get(MOVES)) for state in states.values())
+    def made() -> Iterator[Part]:
+        for state in states.values():
+            yield from archive.entries(STATE, state.items(), _OWN, left_out)
+        for number in range(there[config.timers_changelog_topic]):
+            yield from archive.entries(TIMERS, latest(config, config.timers_changelog_topic, number).items(), _OWN, left_out)
+        yield from (Entry(CODE, key, value) for key, value in latest(config, config.code_topic).items())
+        yield from calls
+        yield from _waiting(config, admin, there)
+        for letter in open_in(read(config, config.dead_letter_topic)).values():
+            yield Sent(LETTERS, letter.key, letter.value, letter.headers, letter.timestamp_ms)
+
+    counts = archive.write(path, config, moves, made(), time.time_ns() // 1_000_000)
+    try:
+        standing_still(admin, config)
+    except UsageError as error:
+        path.unlink()
+        raise UsageError(f"{error}; the archive was removed, as it may be neither the state before nor the state after that") from None
+    return counts, left_out
+
+
+def _check_topics(config: Config, there: Mapping[str, int], more: Iterable[str] = ()) -> None:
+    pairs = groups_of(config).values()
+    needed = [*(topic for pair in pairs for topic in pair), config.code_topic, config.dead_letter_topic, *more]
+    missing = [topic for topic in needed if topic not in there]
+    if missing:
+        raise UsageError(f"{config.bootstrap_servers} has no topic {', '.join(missing)}; create what is missing with kwflow topics create (is --application-id right?)")
+
+
+def _calls(config: Config, there: Mapping[str, int], states: Mapping[int, Mapping[bytes, bytes]]) -> tuple[list[Call], list[str]]:
+    """The calls in queues that instances wait for, and which of them are nowhere any more."""
+    wanted = dict[str, dict[bytes, Call | None]]()
+    for key, value in ((key, value) for state in states.values() for key, value in state.items()):
+        if not key.startswith(b"\0") and b'"job"' in value:
+            header = header_of(value)
+            kept = {call.ref: call for call in msgspec.convert(header.get("calls", []), list[Dispatch])}
+            for wait in header["waits"]:
+                if wait["kind"] == "job":
+                    own = kept.get(wait["ref"])
+                    wanted.setdefault(wait["queue"], {})[queues.key_of(header["id"], wait["ref"])] = Call(wait["queue"], own) if own is not None else None
+    for queue in wanted.keys() & there.keys():
+        for record in read(config, queue):
+            if record.key in wanted[queue] and (call := _read(config, record)) is not None:
+                wanted[queue][record.key] = Call(queue, call)
+    found = [call for calls in wanted.values() for call in calls.values() if call is not None]
+    missed = [f"the call {key.decode()} is no longer in {queue}: its workflow waits for it until its timeout" for queue, calls in wanted.items() for key, call in calls.items() if call is None]
+    return found, missed
+
+
+def _read(config: Config, record: Any) -> Dispatch | None:
+    try:
+        asked = queues.read(record, config.resume_topic)
+    except ProtocolError:  # no worker could have answered it either
+        return None
+    return asked if isinstance(asked, Dispatch) else None
+
+
+def _waiting(config: Config, admin: AdminClient, there: Mapping[str, int]) -> Iterator[Sent]:
+    """The records that were not applied yet."""
+    for group, (source, changelog) in groups_of(config).items():
+        role = RESUME if source == config.resume_topic else SCHEDULER
+        for number, start in following(config, admin, group, source, changelog, there[source]).items():
+            yield from (Sent(role, record.key, record.value, record.headers, record.timestamp_ms) for record in read(config, source, number, start))
+
+
+# -- import ---------------------------------------------------------------------------------------------------------------
+
+
+def bring(config: Config, path: Path) -> dict[str, int]:
+    """Make the archive the state of an application that is stopped and has none.  Return what is in it.  Raises UsageError, TransportError."""
+    found = archive.check(path, config)
+    admin = topics.admin(config)
+    there = topics.partitions_of(admin, config)
+    _check_topics(config, there, found.queues)
+    wrong = topics.problems(admin, config, found.queues, list(groups_of(config)))
+    if wrong:
+        raise UsageError("; ".join(wrong))
+    standing_still(admin, config)
+    positions = {
+        changelog: _positions(config, admin, group, source, changelog, there[source], found.head.id) for group, (source, changelog) in groups_of(config).items()
+    }  # fmt: skip
+    target = _Target(config, admin, there, found)
+    try:
+        target.begin(positions)
+        read = archive.parts(path, config)
+        next(read)
+        for some in iter(lambda: list(itertools.islice(read, _WRITTEN_MAX)), []):
+            target.write(some)
+        target.end(positions)
+    except KafkaException as error:
+        target.abandon()
+        again = "no engine starts until the same kwflow import has ended"
+        raise TransportError(f"{path} could not be imported: {target.refused or error.args[0].str()}; {again}", retryable=False) from None
+    return found.counts
+
+
+def _positions(config: Config, admin: AdminClient, group: str, source: str, changelog: str, partitions: int, archived: str) -> list[Position]:
+    """Where engines shall start, by partition.  Raises UsageError if there is state that is not of an earlier attempt to import this archive."""
+    places = following(config, admin, group, source, changelog, partitions)
+    incarnation, _ = topics.describe(admin, config, source)
+    found = []
+    for number in range(partitions):
+        where = f"{changelog}[{number}]"
+        state = latest(config, changelog, number, lambda key, value: value if key == POSITION or home_of(key) is not None else None)
+        begun = importing(state.get(POSITION), where)
+        if begun != archived and (begun is not None or any(key != POSITION for key in state)):
+            what = "another archive was imported into it only in part" if begun is not None else f"it has state in {where}"
+            raise UsageError(f"{config.application_id} cannot take an archive: {what}; import into an application of another --application-id, or run kwflow reset")
+        known = position_of(state.get(POSITION), where)
+        found.append(Position(incarnation, known.next if begun is not None and known is not None else places[number], partitions))
+    return found
+
+
+class _Target:
+    """The application that an archive is written to."""
+
+    def __init__(self, config: Config, admin: AdminClient, there: Mapping[str, int], found: archive.Summary) -> None:
+        """Raises KafkaException."""
+        self.refused = ""
+        self._config = config
+        self._there = there
+        self._found = found
+        self._encryption = Encryption(config)
+        self._topics = {
+            STATE: config.changelog_topic, TIMERS: config.timers_changelog_topic, CODE: config.code_topic, RESUME: config.resume_topic, SCHEDULER: config.scheduler_topic,
+            LETTERS: config.dead_letter_topic,
+        }  # fmt: skip
+        self._due = [Due() for _ in range(there[config.timers_changelog_topic])]
+        self._written = dict[bytes, bytes]()
+        self._last = list[tuple[str, bytes | None, bytes | None, Headers, int]]()
+        sizes = topics.sizes(topics.settings_of(admin, [*self._topics.values(), *found.queues]).values())
+        self._producer = made(Producer, topics.client_config(config, transactional_id=f"{config.application_id}-import", transaction_timeout_ms=_LAST_MS, **sizes))
+        self._producer.init_transactions(_TIMEOUT_S)
+
+    def begin(self, positions: Mapping[str, list[Position]]) -> None:
+        """Mark the state: from here on no engine starts."""
+        self._producer.begin_transaction()
+        for changelog, places in positions.items():
+            for number, place in enumerate(places):
+                self._put(changelog, msgspec.json.encode(Position(IMPORT + self._found.head.id, place.next, place.partitions)), POSITION, number)
+        self._commit()
+
+    def write(self, some: Iterable[Head | Part | Tail]) -> None:
+        """Write the entries among these parts, and keep everything else for the end."""
+        self._producer.begin_transaction()
+        for part in some:
+            if isinstance(part, Sent):
+                self._last.append((self._topics[part.role], part.key, part.value, part.headers, part.timestamp_ms))
+            elif isinstance(part, Call):
+                self._keep_call(part.queue, part.call)
+            elif isinstance(part, Entry) and part.table == CODE:
+                self._put(self._config.code_topic, part.value, part.key, 0)
+            elif isinstance(part, Entry) and (home := home_of(part.key)) is not None:
+                queue = archive.queue_of(part) if part.table == STATE else ""
+                if queue:  # an engine without workers would have run it
+                    self._keep_call(queue, dispatch.decode(part.value))
+                    continue
+                number = partition_of(home, self._there[self._topics[part.table]])
+                self._put(self._topics[part.table], part.value, part.key, number)
+                if part.table == TIMERS:
+                    self._due[number].see(part.key)
+            elif isinstance(part, Entry) and part.key.startswith(WRITTEN):
+                self._written[part.key] = part.value
+        self._commit()
+
+    def _keep_call(self, queue: str, call: Dispatch) -> None:
+        self._last.append((queue, queues.key_of(call.workflow_id, call.ref), queues.handed_out(call, self._config.resume_topic), call.headers, 0))
+
+    def end(self, positions: Mapping[str, list[Position]]) -> None:
+        """Write what must be there once, and what each partition has of its own, and replace the marks."""
+        config = self._config
+        self._producer.begin_transaction()
+        for some in chunks(self._last):
+            for topic, key, value, headers, timestamp_ms in some:
+                self._put(topic, value, key, partition_of(key, self._there[topic]) if key is not None else 0, headers, timestamp_ms)
+            self._producer.flush(_TIMEOUT_S)
+        for number, place in enumerate(positions[config.changelog_topic]):
+            for key, value in self._written.items():  # whoever owns a partition loads the code that is waited in there
+                self._put(config.changelog_topic, value, key, number)
+            self._put(config.changelog_topic, b"%d" % (self._found.head.moves + 1), MOVES, number)
+            self._put(config.changelog_topic, msgspec.json.encode(place), POSITION, number)
+            self._producer.flush(_TIMEOUT_S)
+        for number, place in enumerate(positions[config.timers_changelog_topic]):
+            self._put(config.timers_changelog_topic, self._due[number].entry, timers.COUNT, number)
+            self._put(config.timers_changelog_topic, msgspec.json.encode(place), POSITION, number)
+        self._commit()
+
+    def abandon(self) -> None:
+        """Abort what is open, as readers would wait for it until its time is over."""
+        with contextlib.suppress(KafkaException):
+            self._producer.abort_transaction(_TIMEOUT_S)
+
+    def _put(self, topic: str, value: bytes | None, key: bytes | None, number: int, headers: Headers = (), timestamp_ms: int = 0) -> None:
+        def delivered(error: KafkaError | None, _message: object) -> None:
+            if error is not None and not self.refused:
+                self.refused = f"{topic} does not accept {len(value or b'')} bytes under {key!r}: {error.str()}"
+
+        encrypted, sent = self._encryption.encrypt(topic, value, headers, own=True)
+        try:
+            self._producer.produce(topic, encrypted, key, number, on_delivery=delivered, timestamp=timestamp_ms, headers=sent)
+        except KafkaException as error:
+            delivered(error.args[0], None)
+            raise
+
+    def _commit(self) -> None:
+        self._producer.commit_transaction(_LAST_MS / 1000)

@@ -1,0 +1,176 @@
+"""Archives (decision 0065) between directories and applications on a broker: what waits continues there, and nothing is done twice."""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType  # type: ignore[attr-defined]
+
+from tests import commands
+from tests.integration.site import ROOT, Site
+from tests.waiting import until
+
+pytestmark = [pytest.mark.broker, pytest.mark.slow]
+
+MODULE = """
+import os, pathlib, time
+import kwflow as kw
+
+HERE = pathlib.Path(__file__).parent
+
+@kw.activity(queue=os.environ["ARCHIVE_QUEUE"])
+def pay(cents: int) -> int:
+    with open(HERE / "ran", "a") as ran:
+        ran.write(f"{os.getpid()} {kw.activity_info().idempotency_key}\\n")
+    while not (HERE / "gate").exists() and not kw.activity_info().wait_cancelled(0.02):
+        pass
+    return cents
+
+def main(o):
+    said = yield kw.wait_signal("said")
+    paid = yield pay(5)
+    again = yield pay(6)
+    return [said, paid, again]
+
+@kw.workflow
+def sleeper(seconds):
+    yield kw.sleep(seconds)
+    return "slept"
+
+@kw.workflow
+def takes(o):
+    return len(o)
+"""
+
+
+class Moves:
+    """Applications that have the same module, and their archives."""
+
+    def __init__(self, broker: str, name: str, directory: pathlib.Path) -> None:
+        self.broker, self.name, self.directory = broker, name, directory
+        (directory / "movers.py").write_text(MODULE)
+        self.module = str(directory / "movers.py")
+        self.kafka = '{"session.timeout.ms": 2000, "heartbeat.interval.ms": 300, "log_level": 0}'
+        self.environment = {"ARCHIVE_QUEUE": f"{name}-pay", "KWFLOW_ACTIVITY_GRACE_S": "0", "KWFLOW_KAFKA": self.kafka, "PYTHONPATH": str(ROOT), "KWFLOW_EMBEDDED": str(directory / "state")}
+        self.sites: list[Site] = []
+
+    def site(self, name: str, partitions: int, **more: str) -> Site:
+        directory = self.directory / name
+        directory.mkdir()
+        environment = {name: text for name, text in self.environment.items() if name != "KWFLOW_EMBEDDED"}
+        self.sites.append(Site(self.broker, f"{self.name}-{name}", directory, partitions, (self.module,), {**environment, **more}))
+        return self.sites[-1]
+
+    def embedded(self, *arguments: str, code: int = 0) -> str:
+        done = commands.run(*arguments, environment={**os.environ, **self.environment})
+        assert done.returncode == code, done.stderr + done.stdout
+        return done.stdout + done.stderr
+
+    def ran(self) -> list[tuple[int, str]]:
+        path = self.directory / "ran"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [(int(pid), key) for pid, key in (line.split(" ", 1) for line in lines)]
+
+
+@pytest.fixture
+def moves(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Moves]:
+    moves = Moves(broker, application, tmp_path)
+    yield moves
+    for site in moves.sites:
+        site.end()
+
+
+def stop(site: Site) -> None:
+    for process in site.processes:
+        process.terminate()
+        assert process.wait(30) == 0
+    site.processes.clear()
+
+
+def waits(site: Site, id: str) -> list[str]:
+    rows = json.loads(site.run("list", "--json"))
+    return [wait["kind"] for row in rows if row["id"] == id for wait in row["waits"]]
+
+
+def test_workflows_move_from_a_directory_to_a_broker_and_from_there_to_fewer_partitions(moves: Moves) -> None:
+    for number in range(6):
+        moves.embedded("start", f"w{number}")
+    moves.embedded("start", "s", "--workflow", "sleeper", "--input", "3600")
+    log = moves.directory / "embedded.log"
+    engine = commands.start("engine", moves.module, log=log, environment={**os.environ, **moves.environment})
+    try:
+        until(lambda: "runs in" in log.read_text())
+        moves.embedded("signal", "w0", "said", "--value", "1")
+        until(moves.ran, 60)
+    finally:
+        engine.terminate()
+        assert engine.wait(30) == 0
+    file = str(moves.directory / "one.kwflow")
+    assert "7 instances, 1 timers, 1 calls of activities" in moves.embedded("export", file)
+
+    first = moves.site("first", 4)
+    assert "7 instances" in first.run("import", file)
+    assert "it has state in" in first.refused("import", file)
+    first.engine("one", moves.module)
+    worker = first.started("worker.log", "worker", moves.module)
+    first.until(lambda: len(moves.ran()) == 2)
+    assert moves.ran()[1] == (worker.pid, "w0|7:1"), "the call of before has gone to the queue, under its idempotency key"
+    (moves.directory / "gate").touch()
+    assert first.read(first.topic("result"), 1) == [("w0", "[1,5,6]")]
+    assert len(moves.ran()) == 3 and moves.ran()[2][1].startswith("w0|") and ":100000" in moves.ran()[2][1]
+    (moves.directory / "gate").unlink()
+    stop(first)
+    first.engine("one", moves.module)
+    for number in range(1, 6):
+        first.run("signal", f"w{number}", "said", "--value", str(number))
+    first.until(lambda: all(waits(first, f"w{number}") == ["job"] for number in range(1, 6)))
+    file = str(moves.directory / "two.kwflow")
+    assert "is still running" in first.refused("export", file)
+    stop(first)
+    first.run("start", "late", "--workflow", "sleeper", "--input", "0.1")
+    assert "6 instances, 1 ended, 1 timers, 5 calls in queues, 1 records that are not applied yet" in first.run("export", file)
+
+    refused = moves.embedded("import", file, "--embedded", str(moves.directory / "back"), code=2)
+    assert "5 calls in" in refused and "an embedded engine has no workers" in refused
+    second = moves.site("second", 2, KWFLOW_ENCRYPTION_KEYS=json.dumps(["e" * 32]), KWFLOW_ENCRYPTION_PLAIN_TOPICS=json.dumps([f"{moves.name}-second-result"]))
+    second.run("import", file)
+    (moves.directory / "gate").touch()
+    second.engine("two", moves.module)
+    second.started("worker2.log", "worker", moves.module)
+    assert sorted(second.read(second.topic("result"), 6)) == [("late", '"slept"'), *((f"w{number}", f"[{number},5,6]") for number in range(1, 6))]
+    keys = [key for _, key in moves.ran()]
+    assert len(set(keys[1:])) == len(keys) - 1 == 12, "each call has run once where it went to, and has a key of its own"
+    assert waits(second, "s") == ["timer"]
+
+
+def test_an_import_that_has_failed_lets_no_engine_start_until_it_is_repeated(moves: Moves) -> None:
+    """K16: the state is there only in part; of records and calls nothing is, until everything is."""
+    moves.embedded("start", "w", "--workflow", "takes", "--input", json.dumps("x" * 300_000))
+    file = str(moves.directory / "one.kwflow")
+    assert "1 records that are not applied yet" in moves.embedded("export", file)
+    other = str(moves.directory / "other.kwflow")
+    moves.embedded("start", "another")
+    moves.embedded("export", other)
+    site = moves.site("first", 2)
+    limit(site, 100_000)
+    assert f"{site.topic('resume')} does not accept 300006 bytes under b'w'" in site.fails(1, "import", file)
+    engine = site.engine("one", moves.module)
+    assert engine.wait(60) == 1
+    assert "an archive was imported only in part" in site.logged()
+    assert "another archive was imported into it only in part" in site.refused("import", other)
+    assert "only in part; finish that first" in site.refused("export", str(moves.directory / "never.kwflow"))
+    limit(site, 1_000_000)
+    site.run("import", file)
+    site.engine("one", moves.module)
+    assert site.read(site.topic("result"), 1) == [("w", "300000")]
+    site.processes.pop().kill()
+    site.run("reset", "--yes")
+
+
+def limit(site: Site, size: int) -> None:
+    resource = ConfigResource(ResourceType.TOPIC, site.topic("resume"), incremental_configs=[ConfigEntry("max.message.bytes", str(size), incremental_operation=AlterConfigOpType.SET)])
+    admin = AdminClient({"bootstrap.servers": site.broker, "log_level": 0})
+    for future in admin.incremental_alter_configs([resource]).values():
+        future.result(10)
