@@ -7,7 +7,7 @@ A library of its own: nothing here knows workflows or Kafka.  Reading order, in 
     runtime.py      what lowered code calls; tracebacks.py for errors, driving.py for who runs it, stacks.py for async exit stacks
     frames.py       a waiting generator as data, and back
     names.py        what a snapshot may name
-    rebuild.py      how objects are made again from what it names; iters.py and pools.py for iterators, exceptions.py
+    rebuild.py      how objects are made again from what it names; iters.py, pools.py and mixins.py for iterators, exceptions.py
     reducers.py     how each kind of value is saved; positions.py for iterators, local_classes.py for classes, resources.py for connections
     body.py         the format of an object graph as bytes
     saving.py       the graph to those bytes; culprit.py finds what could not be saved

@@ -51,6 +51,7 @@ _CLASSES: dict[str, frozenset[str]] = {
         "abc": "ABC ABCMeta",
         "array": "array",
         "collections": "ChainMap Counter OrderedDict UserDict UserList UserString defaultdict deque _deque_iterator _deque_reverse_iterator",
+        "collections.abc": "ItemsView KeysView ValuesView",
         "contextlib": "AsyncExitStack ExitStack _AsyncGeneratorContextManager _GeneratorContextManager aclosing closing nullcontext suppress",
         "dataclasses": "Field InitVar",
         "datetime": "date datetime time timedelta timezone",
@@ -121,7 +122,7 @@ _EXCEPTIONS = frozenset(
     "xml.parsers.expat xml.sax._exceptions xmlrpc.client zipfile zipimport zlib zoneinfo zoneinfo._common".split()
 )
 _OURS_REFUSED = ("kwflow.cli", "kwflow.client", "kwflow.runners", "kwflow.testing", "kwflow.gateway", "kwflow.worker", "kwflow.config", "kwflow.durable.lower")
-_DURABLE = frozenset("kwflow.durable.awaiting kwflow.durable.iters kwflow.durable.pools kwflow.durable.resources kwflow.durable.runtime kwflow.durable.stacks".split())
+_DURABLE = frozenset("kwflow.durable.awaiting kwflow.durable.iters kwflow.durable.mixins kwflow.durable.pools kwflow.durable.resources kwflow.durable.runtime kwflow.durable.stacks".split())
 _modules: set[str] = set()
 _by_value = False
 

@@ -7,17 +7,20 @@ and the classes of iters.py, which continue there.
 from __future__ import annotations
 
 import collections
+import collections.abc
 import gc
 import itertools
 import sys
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
 
-from kwflow.durable import iters, names, rebuild
+from kwflow.durable import iters, mixins, names, rebuild
+from kwflow.durable.frames import copied_locals
 from kwflow.durable.names import Refused
 
-__all__ = ["REDUCERS"]
+__all__ = ["REDUCERS", "of_a_mixin"]
 
 
 def _itertool(value: Any) -> Any:
@@ -109,6 +112,28 @@ def _deque_iterator(value: Any) -> Any:
 
 
 _REVERSED_DEQUE: type[Any] = type(reversed(collections.deque()))
+
+
+_VIEWS = {cls.__iter__.__code__: way for cls, way in ((collections.abc.ItemsView, "items"), (collections.abc.ValuesView, "values"), (collections.abc.KeysView, "keys"))}
+_SEQUENCES = {collections.abc.Sequence.__iter__.__code__: 1, collections.abc.Sequence.__reversed__.__code__: -1}
+
+
+def of_a_mixin(gen: types.GeneratorType[Any, Any, Any]) -> Any:
+    """Reduce a generator of a mixin method of `collections.abc` to its twin in mixins.py; None for any other.
+
+    The iterator of its loop is on its stack: of the iterators that it refers to, the last one.
+    """
+    code, frame = gen.gi_code, gen.gi_frame
+    if (code not in _VIEWS and code not in _SEQUENCES) or gen.gi_running:
+        return None
+    if frame is None:
+        return iter, ((),)
+    held = copied_locals(frame)
+    if code in _SEQUENCES:
+        position = held["i"] + _SEQUENCES[code] if gen.gi_suspended else None
+        return mixins.Indexed, (_SEQUENCES[code],), (held["self"], position)
+    iterators = [value for value in gc.get_referents(gen) if hasattr(type(value), "__next__")] if gen.gi_suspended else [None]
+    return (mixins.Mapped, (_VIEWS[code],), (held["self"]._mapping, iterators[-1])) if iterators else None
 
 
 REDUCERS: dict[type[Any], Callable[[Any], Any]] = {

@@ -70,7 +70,7 @@ def reducer_of(cls: type[Any]) -> Reducer | None:
         return _enum
     if found is None:
         found = _BY_NAME.get(f"{cls.__module__}.{cls.__qualname__}")
-    if found is None and cls.__module__.partition(".")[0] == "numpy":
+    if found is None and str(cls.__module__).partition(".")[0] == "numpy":
         found = next((_FAMILIES[key] for base in cls.__mro__ if (key := f"{base.__module__}.{base.__qualname__}") in _FAMILIES), None)
     return found
 

@@ -18,9 +18,10 @@ from kwflow.durable.body import CELL, EXCEPTION, FUNCTION, KINDS, OBJECT, REENTE
 from kwflow.durable.frames import snap
 from kwflow.durable.local_classes import by_value, reduce_class
 from kwflow.durable.names import Refused
+from kwflow.durable.positions import of_a_mixin
 from kwflow.durable.reducers import PROTOCOL, as_pickle_reduces, cannot_be_filled, has_contents, is_value, plain, reduce_contents, reduce_module, reducer_of
 from kwflow.durable.stacks import is_async_callback
-from kwflow.errors import KwflowBug
+from kwflow.errors import KwflowBug, NotDurableError
 
 __all__ = ["Code", "GraphPickler", "register_class"]
 
@@ -154,6 +155,8 @@ class GraphPickler(pickle.Pickler):
             return NotImplemented
         if "<locals>" in cls.__qualname__:
             return self.local_class(cls)
+        if not isinstance(cls.__module__, str):
+            raise Refused(f"the class {cls.__qualname__}, which has no module to find it in; keep what it was made from")
         if not names.allowed(cls.__module__, cls.__qualname__, cls):
             plain = "wait after the except block and keep only the error's text" if issubclass(cls, BaseException) else "keep plain data"
             raise Refused(f"a value of class {cls.__module__}.{cls.__qualname__}; list its module under [snapshot] modules in kwflow.toml, call durable.register_reducer, or {plain}")
@@ -184,7 +187,13 @@ class GraphPickler(pickle.Pickler):
         return rebuild.exception, (cls, args)
 
     def generator(self, gen: types.GeneratorType[Any, Any, Any]) -> Any:
-        function, status, slots, cells = snap(gen)
+        try:
+            function, status, slots, cells = snap(gen)
+        except NotDurableError:
+            made = of_a_mixin(gen)
+            if made is None:
+                raise
+            return made
         reference = self.hold(function)
         self.states += (KINDS[status], gen, slots)
         if gen.__name__ != function.name or gen.__qualname__ != function.qualname:

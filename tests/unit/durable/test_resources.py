@@ -486,3 +486,12 @@ def test_a_container_whose_own_methods_need_its_attributes_is_filled_without_the
         assert "back" in repr(durable.peek(data))
         gen = durable.loads(data)
     assert next(gen) == (True, {"x": "a", 0: "b0", 1: "b1"}, True, [0, 1], 3, True, "me", True)
+
+
+def test_a_class_without_a_module_is_refused_by_its_name() -> None:
+    """docs/LOCALS.md. Libraries make such classes (sympy's undefined functions)."""
+    source = "made = type('made', (), {'__module__': None})\ndef main(value):\n    yield\n"
+    module = durable.load_source("no_module", source, "no_module.py")
+    for value in (module.made, module.made()):
+        error = error_of(module.main(value))
+        assert (error.variable, "the class made, which has no module to find it in; keep what it was made from" in str(error)) == ("value", True)

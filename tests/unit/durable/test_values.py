@@ -92,3 +92,37 @@ def test_what_is_imported_from_itertools_has_a_twin_for_each_name_and_the_module
     public = {name: value for name, value in vars(itertools).items() if name[0] != "_"}
     found = iters.twins({"it": itertools, "other": 1, "product": product, **{f"my_{name}": value for name, value in public.items()}})
     assert found == {"it": iters, **{f"my_{name}": getattr(iters, name) for name in public}}
+
+
+MIXINS = """
+import collections
+def main():
+    seen, letters, prices = [], collections.UserList("ab"), collections.UserDict(a=1, b=2)
+    unstarted, view, held = iter(letters), prices.items(), iter(prices.values())
+    letters.append(iter(letters))
+    yield
+    for letter in letters:
+        if len(seen) == 1:
+            letters.append("late")
+        yield
+        seen.append(letter if isinstance(letter, str) else next(letter))
+    prices["b"] = 3
+    seen += [next(held), next(unstarted)]
+    yield
+    try:
+        for key, value in view:
+            yield
+            seen.append([key, value])
+            prices["new"] = 4
+    except RuntimeError as error:
+        seen.append(str(error))
+    yield seen + [[*held] if len(prices) == 2 else prices["b"], len(view)]
+"""
+
+
+def test_what_goes_over_a_class_of_collections_abc_sees_later_changes_as_it_would_have(code: Any) -> None:
+    """docs/LOCALS.md. It is a generator of the standard library, which has no twin in the snapshot."""
+    native: dict[str, Any] = {}
+    exec(MIXINS, native)
+    module = durable.load_source("mixins", MIXINS, "mixins.py")
+    assert outcome(module.main(), True) == outcome(native["main"](), False)

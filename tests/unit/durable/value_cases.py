@@ -91,6 +91,13 @@ ITERATORS = {
     "combinations of none": lambda: itertools.combinations("abcd", 0),
     "combinations_with_replacement": lambda: itertools.combinations_with_replacement("abc", 2),
     "genexp of a function": lambda: squares(4),
+    "UserList": lambda: collections.UserList("abc"),
+    "reversed UserList": lambda: reversed(collections.UserList("abc")),
+    "UserString": lambda: iter(collections.UserString("abc")),
+    "UserDict items": lambda: collections.UserDict(a=1, b=2, c=3).items(),
+    "ChainMap values": lambda: iter(collections.ChainMap({"a": 1}, {"b": 2}, {"c": 3}).values()),
+    "UserDict keys": lambda: iter(collections.UserDict(a=1, b=2).keys()),
+    "an ended UserList": lambda: (lambda ended: [*ended] and ended)(iter(collections.UserList("abc"))),
 }
 
 
