@@ -17,6 +17,7 @@ from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_va
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from kwflow.errors import UsageError
+from kwflow.tokens import Tokens
 
 if TYPE_CHECKING:
     from kwflow.core.contract import Limits
@@ -36,7 +37,7 @@ _INSTEAD = {name: "; set bootstrap_servers in [app]" for name in ("bootstrap.ser
 
 
 class Config(BaseSettings):
-    """All settings.  `kafka` is passed to librdkafka unchanged (security.protocol, sasl.*, ssl.*)."""
+    """All settings.  `kafka` is passed to librdkafka unchanged (security.protocol, sasl.*, ssl.*); only `oauth_cb`, a function or its name, becomes Tokens."""
 
     model_config = SettingsConfigDict(env_prefix="KWFLOW_", frozen=True, extra="forbid")
 
@@ -133,9 +134,11 @@ class Config(BaseSettings):
                 raise ValueError(f"{name} is set by kwflow itself{_INSTEAD.get(name, '')}")
             if isinstance(value, dict):
                 raise ValueError(f'a name with dots must be quoted: "{name}.{next(iter(value), "…")}" = …')
-            if not isinstance(value, (str, int, float)):
+            if name != "oauth_cb" and not isinstance(value, (str, int, float)):
                 raise ValueError(f"{name} is neither a string nor a number")
-        return kafka
+        if "oauth_cb" not in kafka or isinstance(kafka["oauth_cb"], Tokens):
+            return kafka
+        return {**kafka, "oauth_cb": Tokens(kafka["oauth_cb"])}
 
     @model_validator(mode="after")
     def _each_its_own(self) -> Config:

@@ -45,12 +45,20 @@ class _Plain(Console):
 
 out, err = _Plain(), _Plain(stderr=True)
 
+
+def _look_in(directory: Path | None) -> Path | None:
+    """Find modules there even if no MODULE is loaded from it: that of oauth_cb."""
+    if directory is not None:
+        sys.path.insert(0, str(directory))
+    return directory
+
+
 Bootstrap = Annotated[str | None, typer.Option("--bootstrap-servers", help="HOST:PORT of Kafka; default: from the configuration.")]
 Application = Annotated[str | None, typer.Option("--application-id", help="Names the consumer group and its topics.")]
 StateDir = Annotated[Path | None, typer.Option("--state-dir", help="Directory of local state; each engine needs its own.")]
 MaybeDir = Annotated[Path | None, typer.Option("--embedded", envvar="KWFLOW_EMBEDDED", help="Directory of the embedded engine, instead of Kafka.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", envvar="KWFLOW_CONFIG", help="Configuration file; default: kwflow.toml in the current directory, if there is one.")]
-AppDir = Annotated[Path | None, typer.Option("--app-dir", envvar="KWFLOW_APP_DIR", help="Directory where MODULEs are looked up first; default: the current one.")]
+AppDir = Annotated[Path | None, typer.Option("--app-dir", envvar="KWFLOW_APP_DIR", callback=_look_in, help="Directory where MODULEs are looked up first; default: the current one.")]
 AcceptReset = Annotated[bool, typer.Option("--accept-offset-reset", help="Start from the group's offsets even if they differ from the stored ones, or if retention has deleted the next records.")]
 WaitForBroker = Annotated[float | None, typer.Option("--wait-for-broker", help="Seconds to wait for the broker and the topics; default: 0.")]
 Http = Annotated[str | None, typer.Option("--http", help="HOST:PORT for GET /health, /metrics and /instances; process n of several listens on PORT + n.")]

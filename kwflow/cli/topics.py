@@ -37,7 +37,8 @@ def topics_create(
     from kwflow.runners.kafka import topics
 
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
-    for topic in topics.create(topics.admin(settings), settings, _declared(settings, modules, app_dir) | registered_feeds().keys(), partitions, replication):
+    declared = _declared(settings, modules, app_dir)
+    for topic in topics.create(topics.admin(settings), settings, declared | registered_feeds().keys(), partitions, replication):
         out.print(f"created {topic}")
 
 

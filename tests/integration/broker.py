@@ -13,9 +13,9 @@ import time
 from collections.abc import Iterable
 
 from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, ScramCredentialInfo, ScramMechanism, UserScramCredentialUpsertion
 
-__all__ = ["Broker", "Cluster", "Secured", "can_start", "free_port"]
+__all__ = ["Broker", "Cluster", "Guarded", "Secured", "can_start", "free_port"]
 
 ROOT = pathlib.Path(__file__).parents[2]
 VERSION = os.environ.get("KWFLOW_TEST_KAFKA")  # a version other than pom.xml's, such as 3.7.2
@@ -156,6 +156,57 @@ sasl.enabled.mechanisms=PLAIN
 listener.name.sasl_ssl.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required {users};
 ssl.keystore.location={self.directory}/keys.p12
 ssl.keystore.password={self.PASSWORD}
+"""
+        )
+
+
+class Guarded(Broker):
+    """A broker with two more listeners: `certified`, for clients with a certificate, and `named`, for users of SCRAM and bearers of tokens.
+
+    One certificate is everybody's, and its own CA.  Sessions end after `SESSION_S` unless the client authenticates itself again.
+    """
+
+    USER, PASSWORD = "shop", "secret"
+    SESSION_S = 3
+    AUDIENCE, ISSUER = "kafka", "https://tokens.example"
+
+    def __init__(self, directory: pathlib.Path, keys: str) -> None:
+        """`keys` is the URL of the public keys that tokens are signed with."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self.certificate, self.key = directory / "shop.pem", directory / "shop.key"
+        request = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=shop", "-addext", "subjectAltName=IP:127.0.0.1"]
+        subprocess.run([*request, "-keyout", str(self.key), "-out", str(self.certificate)], check=True, capture_output=True, timeout=30)
+        (directory / "both.pem").write_bytes(self.key.read_bytes() + self.certificate.read_bytes())
+        self.certified, self.named, self.keys = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}", keys
+        self.jvm = (*Broker.jvm, f"-Dorg.apache.kafka.sasl.oauthbearer.allowed.urls={keys}")
+        super().__init__(directory)
+
+    def start(self) -> None:
+        super().start()
+        admin = AdminClient({"bootstrap.servers": self.bootstrap, "log_level": 0})
+        scram = UserScramCredentialUpsertion(self.USER, ScramCredentialInfo(ScramMechanism.SCRAM_SHA_512, 4096), self.PASSWORD.encode())
+        for future in admin.alter_user_scram_credentials([scram]).values():
+            future.result(20)
+
+    def properties(self, port: int) -> str:
+        first, oauth = f"listeners=PLAINTEXT://127.0.0.1:{port}", "org.apache.kafka.common.security.oauthbearer"
+        plain = super().properties(port).replace(first, f"{first},SSL://{self.certified},SASL_SSL://{self.named}")
+        return (
+            plain.replace("protocol.map=", "protocol.map=SSL:SSL,SASL_SSL:SASL_SSL,")
+            + f"""ssl.keystore.type=PEM
+ssl.keystore.location={self.directory}/both.pem
+ssl.truststore.type=PEM
+ssl.truststore.location={self.certificate}
+listener.name.ssl.ssl.client.auth=required
+sasl.enabled.mechanisms=SCRAM-SHA-512,OAUTHBEARER
+connections.max.reauth.ms={self.SESSION_S * 1000}
+listener.name.sasl_ssl.scram-sha-512.sasl.jaas.config=org.apache.kafka.common.security.scram.ScramLoginModule required;
+listener.name.sasl_ssl.oauthbearer.sasl.jaas.config={oauth}.OAuthBearerLoginModule required;
+listener.name.sasl_ssl.oauthbearer.sasl.server.callback.handler.class={oauth}.OAuthBearerValidatorCallbackHandler
+sasl.oauthbearer.jwt.validator.class={oauth}.BrokerJwtValidator
+sasl.oauthbearer.jwks.endpoint.url={self.keys}
+sasl.oauthbearer.expected.audience={self.AUDIENCE}
+sasl.oauthbearer.expected.issuer={self.ISSUER}
 """
         )
 

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted((ROOT / "kwflow").rglob("*.py"))
 LAYERS = {
     "errors": 0, "durable": 1, "core": 2, "api": 3, "declarations": 3, "waits": 3, "activities": 3, "running": 3, "batches": 3, "feeds": 3, "flows": 3, "rest": 3, "schedules": 3, "ports": 3,
-    "config": 3,
+    "config": 3, "tokens": 3,
     "runners": 4, "client": 5, "worker": 5, "timers": 5, "testing": 6, "gateway": 6, "console": 6, "cli": 7,
 }  # fmt: skip
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}

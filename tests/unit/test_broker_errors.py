@@ -43,6 +43,12 @@ def test_the_same_reason_is_told_once_a_minute_and_another_one_at_once() -> None
     assert json.loads(as_json(told[2], 0)) == {"time": "1970-01-01T00:00:00.000+00:00", "level": "warning", "message": told[0]}
 
 
+@pytest.mark.parametrize("code", [KafkaError._AUTHENTICATION, KafkaError._SSL])
+def test_what_runs_outlasts_a_broker_that_does_not_accept_its_credentials_for_a_while(code: int) -> None:
+    """Measured before, with tokens that expired: `app-workers: FindCoordinator response error: Local: Authentication failure` ended a worker."""
+    assert topics.transient(KafkaError(code))
+
+
 @pytest.mark.slow
 def test_what_asks_for_a_broker_is_told_why_there_is_none() -> None:
     config = Config(bootstrap_servers=NOBODY, client_connect_s=0.5)

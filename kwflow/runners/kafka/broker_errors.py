@@ -25,6 +25,7 @@ _EVERY_S = 60.0
 _VARYING = re.compile(r"^(Group|Txn)Coordinator: |/(bootstrap|\d+)(?=:)| \(after \d+ms in state \w+(, \d+ identical error\(s\) suppressed)?\)")
 _AWAY = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT, KafkaError._MSG_TIMED_OUT)
 _NO_REASON = "connections are closed or not answered without a reason: if the broker expects TLS or a user, set security.protocol in [kafka]"
+_TOKEN = "OAuth callback raised exception"  # confluent-kafka's words, after the reason was reported (environment.made)
 _REMEDIES = {  # part of an OpenSSL message -> what the message leaves out
     "certificate verify failed": "; or it has expired, or is for another host: openssl s_client -connect HOST:PORT -CAfile FILE -verify_hostname HOST shows which",
     "ssl/tls alert": "; the broker rejects the certificate of this client: [kafka] ssl.certificate.location is missing, has expired, or is signed by a CA that it does not know",
@@ -67,7 +68,12 @@ class BrokerErrors:
         if error.fatal() or error.code() == KafkaError._ALL_BROKERS_DOWN:  # it comes in addition to the reason for each broker
             return
         text = _VARYING.sub("", error.str())
-        self.last = text = text + next((remedy for said, remedy in _REMEDIES.items() if said in text), "")
+        if not text.endswith(_TOKEN):
+            self.report(text + next((remedy for said, remedy in _REMEDIES.items() if said in text), ""))
+
+    def report(self, text: str) -> None:
+        """Keep this as the reason and, unless it was logged a short while ago, log it."""
+        self.last = text
         now = self._now_s()
         if self._on_log is not None and now >= self._again_s.get(text, now):
             self._again_s = {told: at for told, at in self._again_s.items() if at > now} | {text: now + _EVERY_S}

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import confluent_kafka
 from confluent_kafka import KafkaError, Message, TopicPartition
@@ -25,6 +25,7 @@ from kwflow.errors import TransportError, UsageError
 from kwflow.runners import rocks
 from kwflow.runners.kafka.broker_errors import BrokerErrors
 from kwflow.runners.private import private
+from kwflow.tokens import Token
 
 __all__ = ["LIVE", "Consumer", "Database", "Environment", "Producer", "live", "made"]
 
@@ -175,15 +176,64 @@ def _remedy(error: Exception) -> str | None:
 
 
 _C = TypeVar("_C")
+_SLEEPING = ("2.13.0", "2.13.2", "2.14.0", "2.14.2", "2.15.0", "2.16.0", "2.16.1")  # versions of confluent-kafka whose constructors are known to sleep at their end
 
 
-def made(client: Callable[[Settings], _C], settings: Settings) -> _C:
-    """Create a client of confluent-kafka.  Raises UsageError for settings that librdkafka does not know, or files that it cannot read."""
+def made(client: type[_C], settings: Settings) -> _C:
+    """Create a client of confluent-kafka.  Raises UsageError for settings that librdkafka does not know, or files that it cannot read, TransportError if it gets no token."""
     try:
-        return client(settings)
+        _check_bearer(settings)
+        return _made_with_token(client, settings) if "oauth_cb" in settings else client(settings)  # type: ignore[call-arg]  # each of them takes a dict
     except confluent_kafka.KafkaException as error:
         text = error.args[0].str()
+        if error.args[0].code() == KafkaError.SASL_AUTHENTICATION_FAILED:
+            raise TransportError(f"config [kafka]: {text}") from None
         raise UsageError(f"config [kafka]: {text}{_unread(text, settings)}") from None
+
+
+def _check_bearer(settings: Settings) -> None:
+    """Raises UsageError where librdkafka would wait for a token that nobody gets, or get one that nobody asks for."""
+    bearer = settings.get("sasl.mechanism", settings.get("sasl.mechanisms")) == "OAUTHBEARER" and str(settings.get("security.protocol", "")).upper().startswith("SASL")
+    if "oauth_cb" in settings and not bearer:
+        raise UsageError('config [kafka]: oauth_cb needs "sasl.mechanism" = "OAUTHBEARER" and "security.protocol" = "SASL_SSL"')
+    if bearer and not settings.keys() & {"oauth_cb", "sasl.oauthbearer.method", "enable.sasl.oauthbearer.unsecure.jwt"}:
+        raise UsageError('config [kafka]: OAUTHBEARER needs a source of tokens: "sasl.oauthbearer.method" = "oidc", or "oauth_cb" = "module:function"')
+
+
+def _made_with_token(client: type[_C], settings: Settings) -> _C:
+    """Create a client that gets its tokens from `oauth_cb`, and reports with its other errors why there is no new one.  Raises TransportError, KafkaException.
+
+    1. The constructor of confluent-kafka sleeps a whole second before it looks whether there is a token, and gives up after ten.
+    2. An engine creates a client or two for each partition that it takes over, and would be busy with that for half a minute; `kwflow list` would take ten seconds.
+    3. So we ask for the token first, and leave the constructor to a thread: the sleep is the last thing that it does, and the client is complete before.
+    """
+    tokens, config, errors = settings["oauth_cb"], settings.get("sasl.oauthbearer.config"), settings.get("error_cb", BrokerErrors())
+    tokens(None if config is None else str(config))
+    there = threading.Event()
+
+    def token(config: str | None) -> Token:
+        found: Token = tokens(config, errors.report)
+        there.set()
+        return found
+
+    asked = settings | {"oauth_cb": token}
+    if getattr(confluent_kafka, "__version__", "") not in _SLEEPING:
+        return client(asked)  # type: ignore[call-arg]
+    made: Any = client.__new__(client)
+    failed: list[BaseException] = []
+
+    def construct() -> None:
+        try:
+            made.__init__(asked)
+        except BaseException as error:
+            failed.append(error)
+        there.set()
+
+    threading.Thread(target=construct, name="kwflow-client-with-token", daemon=True).start()
+    there.wait()
+    if failed:
+        raise failed[0]
+    return cast(_C, made)
 
 
 def _unread(text: str, settings: Settings) -> str:
@@ -202,8 +252,8 @@ class _Admin(AdminClient):
     """An admin client whose metadata request, which comes first, says why there is no broker."""
 
     def __init__(self, settings: Settings) -> None:
-        self._errors = BrokerErrors()
-        super().__init__(settings | {"error_cb": self._errors})
+        self._errors: BrokerErrors = settings["error_cb"]
+        super().__init__(settings)
 
     def list_topics(self, *arguments: Any, **named: Any) -> Any:
         try:
@@ -228,7 +278,7 @@ class _Live:
         return made(confluent_kafka.Producer, settings | self._errors)
 
     def admin(self, settings: Settings) -> AdminClient:
-        return made(_Admin, settings)
+        return made(_Admin, settings | {"error_cb": BrokerErrors()})
 
     def database(self, directory: Path) -> Database:
         return _Rocks(directory, self._bytes_max)

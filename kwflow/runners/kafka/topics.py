@@ -31,9 +31,11 @@ _DAY_MS = 86_400_000
 _LATE_S = 5.0
 _LOOK_S = 0.02
 _MESSAGE_BYTES_MAX = 1_000_000_000  # librdkafka's maximum; a topic may allow twice as much
-_TRANSIENT = {  # answers of a leader or coordinator that moves or is new; librdkafka marks only few of them as retriable
+_TRANSIENT = {  # answers of a leader or coordinator that moves or is new, or connections that fail, perhaps as a token has expired; librdkafka marks only few of them as retriable
     KafkaError._ALL_BROKERS_DOWN,
+    KafkaError._AUTHENTICATION,
     KafkaError._RESOLVE,
+    KafkaError._SSL,
     KafkaError._TIMED_OUT,
     KafkaError._TIMED_OUT_QUEUE,
     KafkaError._TRANSPORT,
