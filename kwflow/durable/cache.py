@@ -17,14 +17,14 @@ import sys
 
 from kwflow.durable import lower
 from kwflow.durable.fingerprint import source_version
-from kwflow.durable.lower import LOWERING_VERSION, lower_module, module_of
+from kwflow.durable.lower import LOWERING_VERSION, lower_module, lowered, module_of
 from kwflow.durable.registry import Module
 
 __all__ = ["load"]
 
 
 def load(name: str, source: str, filename: str) -> Module:
-    """Return the lowered module, from the cache if it is there.  Raises what `lower_module` raises."""
+    """Return the lowered module, from the cache if it is there.  It keeps no tree, as those of a large library take hundreds of megabytes.  Raises what `lower_module` raises."""
     path = _path(filename)
     if path is None:
         return lower_module(name, source, filename)
@@ -37,11 +37,10 @@ def load(name: str, source: str, filename: str) -> Module:
             return module_of(name, source, version, filename, code, functools.partial(marshal.loads, facts), warnings)
     except (OSError, ValueError, EOFError, TypeError):
         pass
-    made = lower_module(name, source, filename)
+    code, facts, warnings = lowered(source, filename)
     if not sys.dont_write_bytecode:
-        code, facts, warnings = made.lowered
         _write(pathlib.Path(path), marshal.dumps((key, code, marshal.dumps(facts), warnings)))
-    return made
+    return module_of(name, source, version, filename, code, lambda: facts, warnings)
 
 
 def _path(filename: str) -> str | None:

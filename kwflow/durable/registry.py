@@ -157,7 +157,6 @@ class Module:
     units: Mapping[str, str]
     namespace: dict[str, Any] = field(default_factory=dict)
     whole: bool = True
-    lowered: Any = None  # what lowering made of the source, as plain data that a cache may keep
     stored: Mapping[str, Any] | None = None  # the entry that it was loaded from, if it is a stored version
 
     @property

@@ -37,7 +37,7 @@ from kwflow.durable.lower.scopes import Scope, analyze
 from kwflow.durable.registry import Function, Label, Module, Outline
 from kwflow.errors import UnsupportedError
 
-__all__ = ["LOWERING_VERSION", "Lowered", "lower_module", "module_of", "units_in"]
+__all__ = ["LOWERING_VERSION", "Lowered", "lower_module", "lowered", "module_of", "units_in"]
 
 LOWERING_VERSION = 1
 _DEEP = 5  # with more nested blocks than this, the cold twin is compiled at load: it may exceed CPython's limit of 20
@@ -55,14 +55,19 @@ def lower_module(name: str, source: str | ast.Module, filename: str, bound: froz
     """
     text = source if isinstance(source, str) else ast.unparse(source)
     later = _Later(text, filename, None if isinstance(source, str) else source)
-    code, facts, warnings = lowered = later.lowered(bound)
+    code, facts, warnings = later.lowered(bound)
     made = _module(name, source_version(text), later, code, lambda: facts, warnings)
-    made.whole, made.lowered = isinstance(source, str), lowered
+    made.whole = isinstance(source, str)
     return made
 
 
+def lowered(source: str, filename: str) -> Lowered:
+    """Return what lowering makes of a source, as plain data that a cache may keep.  Raises what `lower_module` raises."""
+    return _Later(source, filename, None).lowered(frozenset())
+
+
 def module_of(name: str, text: str, version: str, filename: str, code: types.CodeType, facts: Callable[[], tuple[Facts, ...]], warnings: Warned) -> Module:
-    """Rebuild a module from its text, its version and the parts of `Module.lowered`; facts are read only when needed.  Its warnings are shown again."""
+    """Rebuild a module from its text, its version and the parts of what `lowered` returned; facts are read only when needed.  Its warnings are shown again."""
     return _module(name, version, _Later(text, filename, None), code, facts, warnings)
 
 

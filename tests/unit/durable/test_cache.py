@@ -1,11 +1,16 @@
 """The cache of lowered modules: used when it fits, never when it does not, and never required (semantics §5.2)."""
 
+import ast
+import gc
+import importlib
 import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
+
+from kwflow import durable
 
 SOURCE = "import kwflow as kw\ndef gen(x):\n    got = yield x\n    return (got, 1)\n"
 PROGRAM = """
@@ -76,3 +81,17 @@ def test_a_warning_about_a_call_that_is_thrown_away_is_said_from_the_cache_too(t
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, check=True, env=env, cwd=pathlib.Path(__file__).parents[3])
         assert "cached.py:6: LostCallWarning" in done.stderr
+
+
+def test_a_module_that_was_lowered_keeps_no_tree_of_its_source(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/LOCALS.md "Libraries": where no cache can be written, each process would hold the trees of all modules of a library."""
+    (tmp_path / "without_tree.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    durable.install(["without_tree"])
+    before = {id(value) for value in gc.get_objects() if isinstance(value, ast.Module)}
+    gen = importlib.import_module("without_tree").gen(3)
+    gc.collect()
+    assert [ast.dump(value) for value in gc.get_objects() if isinstance(value, ast.Module) and id(value) not in before] == []
+    next(gen)
+    assert [*durable.describe(durable.loads(durable.dumps(gen)))[0].locals] == ["x"]
