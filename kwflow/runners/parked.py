@@ -168,11 +168,26 @@ def hold(config: Config, state: Changes, header: dict[str, Any], record: Record,
     return Decision(counts=("held",), replies=replies)
 
 
-def release(config: Config, state: Changes, name: str) -> list[Record]:
-    """Put the state back to what it was before the instance was parked, and return the first held records, in order."""
+def release(config: Config, state: Changes, name: str, record: Record) -> list[Record]:
+    """Put the state back to what it was before the instance was parked, and return the first held records, in order, for the record that applies them."""
     stored = state.get(name.encode())
     state.put(name.encode(), snapshot.unpark(stored, config.signing_keys) if stored is not None else None)
-    return held(state, name)
+    return [_in_order(one, record) for one in held(state, name)]
+
+
+def _in_order(held: Record, record: Record) -> Record:
+    """A held record so that its offset tells what came before what, also for what comes after `record`:
+
+    1. An instance is parked and holds a record with the offset 5000.  Then its topic is created anew, or its state moves to another log (decision 0064).
+    2. When it is retried, that record is applied: the instance has applied everything up to the offset 5000.
+    3. The log has got to offset 10, and whatever comes up to 5000 would be taken for repeated.
+
+    So one of an earlier log gets a partition that no log has, and its place as offset.
+    """
+    place = held.place if isinstance(held, _Held) else held.offset
+    if held.partition != record.partition or held.offset == place <= record.offset:
+        return held
+    return msgspec.structs.replace(held, partition=-1 - held.partition, offset=place)
 
 
 def held(state: Changes, name: str) -> list[Record]:

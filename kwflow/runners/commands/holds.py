@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
-
 from kwflow.activities import failure_payload
 from kwflow.config import Config
 from kwflow.core import children, snapshot, wire
@@ -91,20 +89,8 @@ def call_failed(config: Config, state: Changes, name: str, head: Record, record:
     return Decision((Output(config.resume_topic, name.encode(), json_dumps({"ref": answer.ref, "error": error}), (), record.timestamp_ms),))
 
 
-def _in_order(held: Record, record: Record) -> Record:
-    """A held record as one that comes before the record that applies it.
-
-    1. An instance is parked and holds a record with the offset 5000.  Then its topic is created anew, or its state moves to another log.
-    2. When it is retried, that record is applied: the instance has applied everything up to the offset 5000.
-    3. The log has got to offset 10, and whatever comes up to 5000 would be taken for repeated.
-
-    So such a record gets a partition that no log has, and its offset is compared with none of this one.
-    """
-    return msgspec.structs.replace(held, partition=-1 - held.partition) if held.partition == record.partition and held.offset > record.offset else held
-
-
 def drain(batch: Batch, name: str, record: Record, discard: bool) -> list[Decision]:
-    released = [_in_order(one, record) for one in parked.release(batch.config, batch.state, name)]
+    released = parked.release(batch.config, batch.state, name, record)
     header = header_of(batch.config, name, batch.state.get(name.encode()))
     if header["status"] == "ended":
         batch.end(name.encode(), header)  # its retention may have expired while it was parked
