@@ -42,14 +42,13 @@ _LEVEL = 1  # of gzip: a higher one takes three times as long for a tenth less
 
 
 class Head(msgspec.Struct, frozen=True, array_like=True, tag="kwflow archive"):
-    """What the file is.  `moves`: how often the state was moved before; `id` tells one archive from another."""
+    """What the file is; `id` tells one archive from another."""
 
     version: int
     id: str
     application_id: str
     kwflow: str
     created_ms: int
-    moves: int
     encrypted: bool
 
 
@@ -79,9 +78,10 @@ class Call(msgspec.Struct, frozen=True, array_like=True, tag="call"):
 
 
 class Tail(msgspec.Struct, frozen=True, array_like=True, tag="end"):
-    """That the file is whole, and what is in it."""
+    """That the file is whole, what is in it, and how often the state was moved before (moved.py)."""
 
     counts: dict[str, int]
+    moves: int
 
 
 Part = Entry | Sent | Call
@@ -92,8 +92,9 @@ _encoder = msgspec.msgpack.Encoder()
 class Summary(msgspec.Struct, frozen=True):
     """What `check` found: how many there are of each, the queues of calls, and some calls that only workers can answer."""
 
-    head: Head
+    id: str
     counts: dict[str, int]
+    moves: int
     queues: list[str]
     calls: list[str]
 
@@ -126,8 +127,8 @@ def described(counts: dict[str, int]) -> str:
     return ", ".join(f"{counts[word]} {word}" for word in _ORDER if counts.get(word)) or "nothing"
 
 
-def write(path: Path, config: Config, moves: int, made: Iterable[Part], now_ms: int) -> dict[str, int]:
-    """Write an archive of these parts; it is there, durable and readable by its user alone, only once it is whole.  Return what is in it.
+def write(path: Path, config: Config, made: Iterable[Part], moves: Callable[[], int], now_ms: int) -> dict[str, int]:
+    """Write an archive of these parts; it is there, durable and readable by its user alone, only once it is whole.  Return what is in it.  `moves` is asked at the end.
 
     Raises UsageError if the file exists or would have nothing in it, and whatever `made` raises.
     """
@@ -139,7 +140,7 @@ def write(path: Path, config: Config, moves: int, made: Iterable[Part], now_ms: 
     try:
         with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             with gzip.GzipFile("", "wb", _LEVEL, file, now_ms / 1000) as zipped:
-                _put(zipped, _encoder.encode(Head(_VERSION, uuid.uuid4().hex, config.application_id, kwflow.__version__, now_ms, moves, seal is not None)))
+                _put(zipped, _encoder.encode(Head(_VERSION, uuid.uuid4().hex, config.application_id, kwflow.__version__, now_ms, seal is not None)))
                 for part in made:
                     counts.update(_counted(part))
                     counts["parts"] += 1
@@ -147,7 +148,7 @@ def write(path: Path, config: Config, moves: int, made: Iterable[Part], now_ms: 
                     _put(zipped, encoded if seal is None else seal(encoded))
                 if not counts:
                     raise UsageError(f"there is nothing of the application {config.application_id} to export (is application_id right?)")
-                _put(zipped, _encoder.encode(Tail(dict(counts))))
+                _put(zipped, _encoder.encode(Tail(dict(counts), moves())))
             file.flush()
             os.fsync(file.fileno())
         os.link(new, path)
@@ -225,11 +226,11 @@ def check(path: Path, config: Config) -> Summary:
     """Read an archive to its end before anything is done with it.  Raises UsageError also if its snapshots are signed by keys that `config` has not, or not signed although it has keys."""
     read = parts(path, config)
     head = next(read)
-    queues, calls, counts, number = set[str](), list[str](), dict[str, int](), 0
+    queues, calls, tail, number = set[str](), list[str](), Tail({}, 0), 0
     signed = _Seals(config)
     for part in read:
         if isinstance(part, Tail):
-            counts = part.counts
+            tail = part
             continue
         number += 1
         if isinstance(part, Call):
@@ -240,10 +241,10 @@ def check(path: Path, config: Config) -> Summary:
                 queues.add(queue)
             elif not part.key.startswith(b"\0"):
                 signed.see(part)
-    if not isinstance(head, Head) or counts.get("parts", 0) != number:
-        raise UsageError(f"{path} is damaged: it has {number} parts and says {counts.get('parts', 0)}")
+    if not isinstance(head, Head) or tail.counts.get("parts", 0) != number:
+        raise UsageError(f"{path} is damaged: it has {number} parts and says {tail.counts.get('parts', 0)}")
     signed.check(path)
-    return Summary(head, counts, sorted(queues), calls)
+    return Summary(head.id, tail.counts, tail.moves, sorted(queues), calls)
 
 
 def entries(table: str, found: Iterable[tuple[bytes, bytes]], own: Collection[bytes], left_out: list[str]) -> Iterator[Entry]:

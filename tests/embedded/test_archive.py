@@ -237,7 +237,7 @@ def test_a_file_from_which_a_part_is_missing_or_in_which_one_is_too_many_is_refu
 
 
 def test_an_archive_of_a_later_version_is_refused_by_name(tmp_path: pathlib.Path) -> None:
-    head = msgspec.msgpack.encode(msgspec.structs.replace(archive.Head(2, "id", "app", "9.9", 0, 0, False)))
+    head = msgspec.msgpack.encode(msgspec.structs.replace(archive.Head(2, "id", "app", "9.9", 0, False)))
     (tmp_path / "x").write_bytes(gzip.compress(len(head).to_bytes(4, "big") + head))
     with pytest.raises(UsageError, match=r"version 2, which kwflow .* does not know; it was written by 9\.9"):
         bring(Config(), tmp_path / "x", tmp_path / "to")

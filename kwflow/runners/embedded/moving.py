@@ -37,7 +37,7 @@ def take(config: Config, directory: Path, path: Path) -> tuple[dict[str, int], l
     left_out: list[str] = []
     with contextlib.closing(read_only(directory)) as db, rocks.failing(directory):
         moves = moves_of(EmbeddedStore(db, config.changelog_topic).get(MOVES))
-        return archive.write(path, config, moves, _parts(config, db, left_out), time.time_ns() // 1_000_000), left_out
+        return archive.write(path, config, _parts(config, db, left_out), lambda: moves, time.time_ns() // 1_000_000), left_out
 
 
 def _parts(config: Config, db: Rdict, left_out: list[str]) -> Iterator[Part]:
@@ -69,7 +69,7 @@ def bring(config: Config, path: Path, directory: Path) -> dict[str, int]:
         for some in iter(lambda: list(itertools.islice(read, _WRITTEN_MAX)), []):
             _put(config, engine, some, due)
         last, durable = WriteBatch(raw_mode=True), WriteOptions()
-        last.put(EmbeddedStore(engine.db, config.changelog_topic).prefix + MOVES, b"%d" % (found.head.moves + 1))
+        last.put(EmbeddedStore(engine.db, config.changelog_topic).prefix + MOVES, b"%d" % (found.moves + 1))
         if due.entry is not None:
             last.put(EmbeddedStore(engine.db, config.timers_changelog_topic).prefix + timers.COUNT, due.entry)
         durable.sync = True

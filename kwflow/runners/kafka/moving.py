@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,24 +56,27 @@ def take(config: Config, path: Path) -> tuple[dict[str, int], list[str]]:
     there = topics.partitions_of(admin, config)
     _check_topics(config, there)
     standing_still(admin, config)
-    states = {number: latest(config, config.changelog_topic, number) for number in range(there[config.changelog_topic])}
-    for number, state in states.items():
-        if importing(state.get(POSITION), f"{config.changelog_topic}[{number}]") is not None:
-            raise UsageError(f"an archive was imported into {config.application_id} only in part; finish that first")
-    calls, left_out = _calls(config, there, states)
-    moves = max(moves_of(state.get(MOVES)) for state in states.values())
+    left_out: list[str] = []
+    moved = [0]
+
     def made() -> Iterator[Part]:
-        for state in states.values():
+        open_calls = _OpenCalls(config)
+        for number in range(there[config.changelog_topic]):
+            state = latest(config, config.changelog_topic, number)  # one partition in memory
+            if importing(state.get(POSITION), f"{config.changelog_topic}[{number}]") is not None:
+                raise UsageError(f"an archive was imported into {config.application_id} only in part; finish that first")
+            moved.append(moves_of(state.get(MOVES)))
+            open_calls.see(state)
             yield from archive.entries(STATE, state.items(), _OWN, left_out)
         for number in range(there[config.timers_changelog_topic]):
             yield from archive.entries(TIMERS, latest(config, config.timers_changelog_topic, number).items(), _OWN, left_out)
         yield from (Entry(CODE, key, value) for key, value in latest(config, config.code_topic).items())
-        yield from calls
+        yield from open_calls.found(there, left_out)
         yield from _waiting(config, admin, there)
         for letter in open_in(read(config, config.dead_letter_topic)).values():
             yield Sent(LETTERS, letter.key, letter.value, letter.headers, letter.timestamp_ms)
 
-    counts = archive.write(path, config, moves, made(), time.time_ns() // 1_000_000)
+    counts = archive.write(path, config, made(), lambda: max(moved), time.time_ns() // 1_000_000)
     try:
         standing_still(admin, config)
     except UsageError as error:
@@ -90,24 +93,30 @@ def _check_topics(config: Config, there: Mapping[str, int], more: Iterable[str] 
         raise UsageError(f"{config.bootstrap_servers} has no topic {', '.join(missing)}; create what is missing with kwflow topics create (is --application-id right?)")
 
 
-def _calls(config: Config, there: Mapping[str, int], states: Mapping[int, Mapping[bytes, bytes]]) -> tuple[list[Call], list[str]]:
-    """The calls in queues that instances wait for, and which of them are nowhere any more."""
-    wanted = dict[str, dict[bytes, Call | None]]()
-    for key, value in ((key, value) for state in states.values() for key, value in state.items()):
-        if not key.startswith(b"\0") and b'"job"' in value:
-            header = header_of(value)
-            kept = {call.ref: call for call in msgspec.convert(header.get("calls", []), list[Dispatch])}
-            for wait in header["waits"]:
-                if wait["kind"] == "job":
-                    own = kept.get(wait["ref"])
-                    wanted.setdefault(wait["queue"], {})[queues.key_of(header["id"], wait["ref"])] = Call(wait["queue"], own) if own is not None else None
-    for queue in wanted.keys() & there.keys():
-        for record in read(config, queue):
-            if record.key in wanted[queue] and (call := _read(config, record)) is not None:
-                wanted[queue][record.key] = Call(queue, call)
-    found = [call for calls in wanted.values() for call in calls.values() if call is not None]
-    missed = [f"the call {key.decode()} is no longer in {queue}: its workflow waits for it until its timeout" for queue, calls in wanted.items() for key, call in calls.items() if call is None]
-    return found, missed
+class _OpenCalls:
+    """The calls in queues that instances wait for.  A queue has them, or it has deleted them; of workflows with checkpoints the header has them, too."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._wanted = dict[str, dict[bytes, Call | None]]()
+
+    def see(self, state: Mapping[bytes, bytes]) -> None:
+        for key, value in state.items():
+            if not key.startswith(b"\0") and b'"job"' in value:
+                header = header_of(value)
+                kept = {call.ref: call for call in msgspec.convert(header.get("calls", []), list[Dispatch])}
+                for wait in header["waits"]:
+                    if wait["kind"] == "job":
+                        own = kept.get(wait["ref"])
+                        self._wanted.setdefault(wait["queue"], {})[queues.key_of(header["id"], wait["ref"])] = Call(wait["queue"], own) if own is not None else None
+
+    def found(self, there: Collection[str], left_out: list[str]) -> Iterator[Call]:
+        for queue, wanted in self._wanted.items():
+            for record in read(self._config, queue) if queue in there else ():
+                if record.key in wanted and (call := _read(self._config, record)) is not None:
+                    wanted[record.key] = Call(queue, call)
+            yield from (call for call in wanted.values() if call is not None)
+            left_out += [f"the call {key.decode()} is no longer in {queue}: its workflow waits for it until its timeout" for key, call in wanted.items() if call is None]
 
 
 def _read(config: Config, record: Any) -> Dispatch | None:
@@ -140,7 +149,7 @@ def bring(config: Config, path: Path) -> dict[str, int]:
         raise UsageError("; ".join(wrong))
     standing_still(admin, config)
     positions = {
-        changelog: _positions(config, admin, group, source, changelog, there[source], found.head.id) for group, (source, changelog) in groups_of(config).items()
+        changelog: _positions(config, admin, group, source, changelog, there[source], found.id) for group, (source, changelog) in groups_of(config).items()
     }  # fmt: skip
     target = _Target(config, admin, there, found)
     try:
@@ -164,7 +173,7 @@ def _positions(config: Config, admin: AdminClient, group: str, source: str, chan
     found = []
     for number in range(partitions):
         where = f"{changelog}[{number}]"
-        state = latest(config, changelog, number, lambda key, value: value if key == POSITION or home_of(key) is not None else None)
+        state = latest(config, changelog, number, lambda key, value: value if key == POSITION else b"-" if home_of(key) is not None else None)
         begun = importing(state.get(POSITION), where)
         if begun != archived and (begun is not None or any(key != POSITION for key in state)):
             what = "another archive was imported into it only in part" if begun is not None else f"it has state in {where}"
@@ -200,7 +209,7 @@ class _Target:
         self._producer.begin_transaction()
         for changelog, places in positions.items():
             for number, place in enumerate(places):
-                self._put(changelog, msgspec.json.encode(Position(IMPORT + self._found.head.id, place.next, place.partitions)), POSITION, number)
+                self._put(changelog, msgspec.json.encode(Position(IMPORT + self._found.id, place.next, place.partitions)), POSITION, number)
         self._commit()
 
     def write(self, some: Iterable[Head | Part | Tail]) -> None:
@@ -240,7 +249,7 @@ class _Target:
         for number, place in enumerate(positions[config.changelog_topic]):
             for key, value in self._written.items():  # whoever owns a partition loads the code that is waited in there
                 self._put(config.changelog_topic, value, key, number)
-            self._put(config.changelog_topic, b"%d" % (self._found.head.moves + 1), MOVES, number)
+            self._put(config.changelog_topic, b"%d" % (self._found.moves + 1), MOVES, number)
             self._put(config.changelog_topic, msgspec.json.encode(place), POSITION, number)
             self._producer.flush(_TIMEOUT_S)
         for number, place in enumerate(positions[config.timers_changelog_topic]):
