@@ -33,6 +33,7 @@ def test_the_same_reason_is_told_once_a_minute_and_another_one_at_once() -> None
         errors(away(ms, ", 7 identical error(s) suppressed" if ms % 2 else ""))
     for name in (f"{NOBODY}/1", f"GroupCoordinator: {NOBODY}/1", f"TxnCoordinator: {NOBODY}"):
         errors(KafkaError(KafkaError._TRANSPORT, f"{name}: {REFUSED} (after 0ms in state CONNECT)"))
+    errors(KafkaError(KafkaError._TRANSPORT, f"GroupCoordinator: {REFUSED} (after 0ms in state CONNECT)"))
     errors(KafkaError(KafkaError._ALL_BROKERS_DOWN, "1/1 brokers are down"))
     assert told == [f"Kafka: {NOBODY}: {REFUSED}; retrying"]
     errors(KafkaError(KafkaError._AUTHENTICATION, "broker-2: SASL authentication error: no such user"))

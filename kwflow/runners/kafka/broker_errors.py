@@ -24,7 +24,7 @@ NO_LOG.disabled = True
 _EVERY_S = 60.0
 _VARYING = re.compile(r"^(Group|Txn)Coordinator: |/(bootstrap|\d+)(?=:)| \(after \d+ms in state \w+(, \d+ identical error\(s\) suppressed)?\)")
 _AWAY = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT, KafkaError._MSG_TIMED_OUT)
-_NO_REASON = "connections are closed or not answered without a reason: if the broker expects TLS or a user, set security.protocol in [kafka]"
+_NO_REASON = "connections are closed or not answered without a reason: if the broker expects TLS or a user, set security.protocol in [kafka]; with OIDC, perhaps the token endpoint fails"
 _TOKEN = "OAuth callback raised exception"  # confluent-kafka's words, after the reason was reported (environment.made)
 _REMEDIES = {  # part of an OpenSSL message -> what the message leaves out
     "certificate verify failed": "; or it has expired, or is for another host: openssl s_client -connect HOST:PORT -CAfile FILE -verify_hostname HOST shows which",
@@ -75,8 +75,9 @@ class BrokerErrors:
         """Keep this as the reason and, unless it was logged a short while ago, log it."""
         self.last = text
         now = self._now_s()
-        if self._on_log is not None and now >= self._again_s.get(text, now):
-            self._again_s = {told: at for told, at in self._again_s.items() if at > now} | {text: now + _EVERY_S}
+        self._again_s = {told: at for told, at in self._again_s.items() if at > now}
+        if self._on_log is not None and not any(told.endswith(text) or text.endswith(told) for told in self._again_s):  # a coordinator's address is missing at times
+            self._again_s[text] = now + _EVERY_S
             self._on_log(Line.of(f"Kafka: {text}; retrying", "warning"))
 
     def with_cause(self, error: KafkaError) -> str:
