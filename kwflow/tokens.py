@@ -24,6 +24,7 @@ Token: TypeAlias = tuple[str, float, str, dict[str, str]]  # what confluent-kafk
 _WAIT_S = 8.0
 _USED = 0.5  # of a token's life, after which it is given to no more clients; so whoever asks at 0.8, as librdkafka does, gets a new one
 _LEFT_S = 2.0  # a token that expires sooner is of no use
+_AGAIN_S = 10.0  # after a failure, until the function is called again while the last token lives: many clients that are created would each wait for a service that hangs
 _EXPIRY_S_MAX = 1e11  # more than that are milliseconds
 _NAME = re.compile(r"\w+(\.\w+)*:\w+(\.\w+)*")
 _PRINTABLE = re.compile(r"[\x21-\x7e]+")  # RFC 7628 3.1, as librdkafka checks it; the same for the next two
@@ -60,9 +61,12 @@ class Tokens:
         except KwflowError as failed:
             error = failed
         told(str(error))
-        if time.time() + _LEFT_S < token[1]:
-            return token
-        raise error
+        if time.time() + _LEFT_S > token[1]:
+            raise error
+        with self._lock:
+            if self._known[config][1] is token:  # if not, there is a new one, a moment too late
+                self._known[config] = min(time.time() + _AGAIN_S, token[1] - _LEFT_S), token
+        return token
 
     @property
     def _said(self) -> str:
@@ -78,10 +82,9 @@ class Tokens:
 
     def _run(self, config: str | None, asked: Future[Token]) -> None:
         failed: KwflowError | None = None
+        begun = time.time()
         try:
-            begun = time.time()
             token = self._checked(self._function()(config))
-            self._known[config] = (begun + _USED * (token[1] - begun), token)
         except KwflowError as error:
             failed = error
         except BaseException as error:  # it may raise anything, even SystemExit
@@ -89,6 +92,8 @@ class Tokens:
             failed = TransportError(f"{self._said} raised {said[:_REASON_MAX]}")
         with self._lock:
             del self._asked[config]
+            if failed is None:
+                self._known[config] = begun + _USED * (token[1] - begun), token
         if failed is None:
             asked.set_result(token)
         else:

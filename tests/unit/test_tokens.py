@@ -110,12 +110,12 @@ def test_all_clients_share_a_token_until_most_of_its_life_is_over_and_the_last_o
     kept = Tokens(token)
     assert [kept(None, told.append)[0][-1] for now[0] in (1000, 1049)] == ["1", "1"]
     assert [kept(None, told.append)[0][-1] for now[0] in (1080, 1129)] == ["2", "2"] and told == []
-    now[0] = 1177
-    assert kept(None, told.append)[0] == f"{TOKEN}2" and told == ["config [kafka]: oauth_cb " + token.__qualname__ + " raised ConnectionError: 503"]
+    assert [kept(None, told.append)[0][-1] for now[0] in (1140, 1149, 1171)] == ["2", "2", "2"], "it is asked again after ten seconds"
+    assert told == [f"config [kafka]: oauth_cb {token.__qualname__} raised ConnectionError: 503"] * 2
     now[0] = 1179
     with pytest.raises(TransportError, match="503"):
         kept(None, told.append)
-    assert called == [1000, 1080, 1177, 1179]
+    assert called == [1000, 1080, 1140, 1171, 1179]
     assert TOKEN not in repr(kept)
 
 
