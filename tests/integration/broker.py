@@ -167,7 +167,7 @@ class Guarded(Broker):
     """
 
     USER, PASSWORD = "shop", "secret"
-    SESSION_S = 3
+    SESSION_S = 5
     AUDIENCE, ISSUER = "kafka", "https://tokens.example"
 
     def __init__(self, directory: pathlib.Path, keys: str) -> None:

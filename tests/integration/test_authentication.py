@@ -6,6 +6,7 @@ Each session ends after `Guarded.SESSION_S`, in the middle of transactions and w
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator
 
@@ -146,6 +147,6 @@ def test_engine_worker_feed_client_and_commands_stay_authenticated(shops: dict[s
     assert "order" in shop.says("list")
     assert shop.says("topics", "check", str(shop.module)) == ""
     assert [process.poll() for process in shop.processes] == [None, None], shop.logged()
-    assert "Kafka:" not in shop.logged()
+    assert not re.search("authentication error|invalid_token|oauth_cb", shop.logged())
     assert method != "callback" or service.asked["/callback"] >= 3 * len(shop.processes), "each process has renewed its token"
     assert not any(secret in shop.logged() + repr(shop.config) for secret in (SECRET, Guarded.PASSWORD, *service.given))
