@@ -76,12 +76,31 @@ def class_hashes(source: str) -> dict[str, tuple[str, set[str]]]:
     return {name: (canonical_hash(*found, annotations=True), mentioned[name]) for name, found in classes.items() if len(found) == 1}
 
 
-@functools.lru_cache(1024)  # each partition asks this for each module once a day
 def imports_of(source: str, package: str, in_functions: bool = False) -> frozenset[str]:
     """Return every module name that the source's import statements may mean, or only those in its functions.  `package` is its `__package__`."""
+    return _imports(source, package)[in_functions]
+
+
+@functools.lru_cache(4096)  # each partition asks this for each module once a day; a library may have six hundred
+def _imports(source: str, package: str) -> tuple[frozenset[str], frozenset[str]]:
+    statements: list[tuple[bool, ast.stmt]] = []
+    todo: list[tuple[bool, ast.stmt]] = [(False, node) for node in ast.parse(source).body]
+    while todo:  # no expression holds an import
+        within, node = todo.pop()
+        statements.append((within, node))
+        within = within or isinstance(node, _FUNCTIONS)
+        todo += [(within, below) for below in _statements_in(node)]
+    return _imported([node for _, node in statements], package), _imported([node for within, node in statements if within], package)
+
+
+def _statements_in(node: ast.AST) -> list[ast.stmt]:
+    held = [one for name in ("body", "orelse", "finalbody", "handlers", "cases") for one in getattr(node, name, ())]
+    return [below for one in held for below in ([one] if isinstance(one, ast.stmt) else _statements_in(one))]
+
+
+def _imported(statements: list[ast.stmt], package: str) -> frozenset[str]:
     found: set[str] = set()
-    tree = ast.parse(source)
-    for node in ast.walk(ast.Module([node for node in ast.walk(tree) if isinstance(node, _FUNCTIONS)], []) if in_functions else tree):
+    for node in statements:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.machinery import ModuleSpec
 from typing import Any, TypeAlias
 
-from kwflow.durable import cache, names, registry
+from kwflow.durable import names, registry
+from kwflow.durable.fingerprint import imports_of, source_version
 from kwflow.durable.loader import naming, run
 from kwflow.errors import CodeChangedError, UnsupportedError, UsageError
 
@@ -206,6 +207,9 @@ def find_source(name: str, directory: str) -> str | None:
     return source
 
 
+_NOT_LOWERED = (lambda: None).__code__
+
+
 def unloaded(name: str) -> registry.Module | None:
     """Return a durable module that nobody has imported yet, for its source; none of it is run.  None if it is not durable, or could not be imported."""
     if _finder not in sys.meta_path:
@@ -218,10 +222,10 @@ def unloaded(name: str) -> registry.Module | None:
         spec = _finder.find_spec(name, above.get("__path__"))
         source = spec.loader.get_source(name) if spec is not None and isinstance(spec.loader, _Loader) else None
         if spec is not None and source is not None:
-            found = cache.load(name, source, spec.origin or name)
             below = spec.submodule_search_locations
-            found.namespace = {"__package__": spec.parent, **({"__path__": below} if below is not None else {})}
-            return found
+            namespace = {"__package__": spec.parent, **({"__path__": below} if below is not None else {})}
+            imports_of(source, spec.parent or "")  # it can be read
+            return registry.Module(name, source_version(source), spec.origin or name, source, _NOT_LOWERED, {}, {}, namespace)
     return None
 
 

@@ -26,8 +26,10 @@ import __future__
 import ast
 import functools
 import gc
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
+from typing import ParamSpec, TypeVar
 
 from kwflow.durable.fingerprint import source_version, unit_hash
 from kwflow.durable.lower.functions import ModuleLowering
@@ -41,6 +43,9 @@ __all__ = ["LOWERING_VERSION", "Lowered", "lower_module", "lowered", "module_of"
 
 LOWERING_VERSION = 1
 _DEEP = 5  # with more nested blocks than this, the cold twin is compiled at load: it may exceed CPython's limit of 20
+_CALLS_MAX = 8000  # two or three for each level of a tree
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _BLOCKS = (ast.For, ast.While, ast.Try, ast.TryStar, ast.With, ast.AsyncFor, ast.AsyncWith, ast.comprehension)
 _PLAIN, _MAKER = "plain", "maker"
 Facts = tuple[str, str, str, str, bool, bool, str, int, tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[tuple[str, tuple[str, ...]], ...]]
@@ -124,6 +129,21 @@ class _Functions(Mapping[str, Function]):
         return len(self.facts)
 
 
+def _deep(walk: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Let trees be walked that the interpreter has compiled, such as a sum of a thousand terms; from 3.11 on, our calls take no space on the C stack."""
+
+    @functools.wraps(walk)
+    def deeper(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        before = sys.getrecursionlimit()
+        sys.setrecursionlimit(max(before, _CALLS_MAX))
+        try:
+            return walk(*args, **kwargs)
+        finally:
+            sys.setrecursionlimit(before)
+
+    return deeper
+
+
 class _Later:
     """The tree and scopes of a module, made when something has to be compiled from them."""
 
@@ -137,6 +157,7 @@ class _Later:
         return ast.fix_missing_locations(self.given) if self.given is not None else ast.parse(self.text, self.filename)
 
     @functools.cached_property
+    @_deep
     def lowering(self) -> ModuleLowering:
         return ModuleLowering(self.filename, analyze(self.tree), _future_flags(self.tree))
 
@@ -149,11 +170,13 @@ class _Later:
                 found[scope.frame_path] = found[scope.path] = (node, scope)
         return found
 
+    @_deep
     def compile(self, path: str, how: str) -> types.CodeType:
         node, scope = self.nodes[path]
         made: types.CodeType = getattr(self.lowering, how)(node, scope)
         return made
 
+    @_deep
     def outline(self, path: str) -> Outline:
         return self.lowering.outline(*self.nodes[path])
 
@@ -167,10 +190,10 @@ class _Later:
                 gc.enable()
 
     def _lowered(self, bound: frozenset[str]) -> Lowered:
-        compile(self.tree, self.filename, "exec", dont_inherit=True, optimize=0)  # so that the compiler's own errors come first, in its own words
-        lowering = self.lowering
+        compile(self.tree if self.given is not None else self.text, self.filename, "exec", dont_inherit=True, optimize=0)  # so that the compiler's own errors come first, in its own words
         try:
-            code = lowering.compile(lowering.module(self.tree, bound))
+            lowering = self.lowering
+            code = _deep(lambda: lowering.compile(lowering.module(self.tree, bound)))()
             facts = tuple(_facts(lowering))
             for path, *_ in facts:
                 node, scope = self.nodes[path]

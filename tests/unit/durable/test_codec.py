@@ -514,3 +514,16 @@ def test_a_text_of_the_module_that_is_compared_by_identity_is_the_same_after_a_r
     gen = again(gen)
     assert gen.send("__no__pad__") is None
     assert next(again(gen)) is True
+
+
+def test_an_expression_of_a_thousand_terms_is_lowered_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Semantics §5. Tables of numbers in libraries are such expressions (sympy). What is too deep even for that is refused by the name of its file."""
+    long = " + ".join(["x"] * 1000)
+    gen = durable.load_source("long_sum", f"def plain(x):\n    return {long}\ndef main(x):\n    y = {long} + (yield)\n    yield y, plain(x)\n", "long_sum.py").main(2)
+    next(gen)
+    assert again(gen).send(1) == (2001, 2000)
+    limit = sys.getrecursionlimit()
+    monkeypatch.setattr("kwflow.durable.lower._CALLS_MAX", 0)
+    with pytest.raises(UnsupportedError, match="too_long_sum.py: code nested too deeply to be made durable"):
+        durable.load_source("too_long_sum", f"def plain(x):\n    return {long}\n", "too_long_sum.py")
+    assert sys.getrecursionlimit() == limit
