@@ -2,6 +2,8 @@
 
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -47,6 +49,28 @@ def test_the_example_of_the_readme_does_what_it_says() -> None:
     tester.start("b")
     tester.advance(86_400)
     assert tester.values("workflow-error") == ["TimeoutError: kw.timeout"]
+
+
+LIBRARY = """
+import sys
+from kwflow import durable
+durable.install(["markdown_it"])
+module = durable.load_source("links", sys.argv[1], "links.py")
+from kwflow.testing import WorkflowTester
+tester = WorkflowTester(module.main)
+tester.start("a", "[one](http://one) and [two](http://two)")
+tester.resume("a", "http://one", "fine")
+tester.resume("a", "http://two", "gone")
+print(tester.result("a"))
+"""
+
+
+@pytest.mark.slow
+def test_the_example_of_a_durable_library_does_what_it_says() -> None:
+    """In a process of its own, in which nobody has imported the library before."""
+    [shown] = [text for text in blocks(ROOT / "docs/LOCALS.md", "python") if "markdown_it" in text]
+    done = subprocess.run([sys.executable, "-W", "error", "-c", LIBRARY, shown], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stdout == "{'http://one': 'fine', 'http://two': 'gone'}\n", done.stderr
 
 
 def test_a_migration_of_several_waits_does_what_it_says() -> None:
