@@ -3,17 +3,28 @@
 import json
 import os
 import pathlib
+import random
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType  # type: ignore[attr-defined]
+from rocksdict import WriteBatch
 
+from kwflow.config import Config
+from kwflow.core import snapshot
+from kwflow.runners import archive
+from kwflow.runners.embedded.state import EmbeddedStore
 from tests import commands
+from tests.embedded.test_archive import Clock
+from tests.embedded.test_archive import Site as Embedding
 from tests.integration.site import ROOT, Site
 from tests.waiting import until
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
 
+KILLS = 5
 MODULE = """
 import os, pathlib, time
 import kwflow as kw
@@ -167,6 +178,52 @@ def test_an_import_that_has_failed_lets_no_engine_start_until_it_is_repeated(mov
     assert site.read(site.topic("result"), 1) == [("w", "300000")]
     site.processes.pop().kill()
     site.run("reset", "--yes")
+
+
+def test_what_is_exported_again_is_what_was_imported_however_often_the_import_was_killed(moves: Moves) -> None:
+    """All or nothing: an engine that starts in between is refused, or finds everything."""
+    full = Embedding(moves.directory / "state", Clock())
+    for id in ("waits", "sleeps", "parked", "late"):
+        full.send(id, "new")
+    full.send("done", "new", start_id="once")
+    full.say("done", "end")
+    full.say("sleeps", "sleep")
+    full.say("parked", "lock")
+    full.say("parked", "held")
+    full.engine.append(full.config.resume_topic, b"waits", b"{")
+    full.work()
+    for number in range(50):
+        full.say("late", str(number), work=False)
+    store, batch = EmbeddedStore(full.engine.db, full.config.changelog_topic), WriteBatch(raw_mode=True)
+    waits = store.get(b"waits") or b""
+    for number in range(5000):
+        batch.put(store.prefix + b"copy%d" % number, snapshot.amend(waits, (), id=f"copy{number}"))
+    full.engine.db.write(batch)
+    full.close()
+    first, second = moves.directory / "one.kwflow", moves.directory / "two.kwflow"
+    moves.embedded("export", str(first))
+    site, chance, killed = moves.site("first", 3), random.Random(1), 0
+    while True:
+        importing = subprocess.Popen([sys.executable, "-m", "kwflow", "import", str(first)], env=site.environment, stderr=subprocess.PIPE)
+        try:
+            said = importing.communicate(timeout=chance.uniform(0.8, 3.0) if killed < KILLS else 60)[1]
+            break
+        except subprocess.TimeoutExpired:
+            importing.kill()
+            importing.communicate()
+            killed += 1
+    assert importing.returncode == 0 or b"it has state in" in said, said  # it had ended when it was killed
+    assert killed > 0
+    site.run("export", str(second))
+    assert contents(second) == contents(first)
+
+
+def contents(path: pathlib.Path) -> tuple[list[archive.Entry], list[archive.Sent]]:
+    """What is in an archive, in the order of its keys; records of one key in theirs."""
+    _, *parts, _ = archive.parts(path, Config())
+    entries = {(part.table, part.key): part for part in parts if isinstance(part, archive.Entry)}
+    sent = [part for part in parts if isinstance(part, archive.Sent)]
+    return [entries[key] for key in sorted(entries)], sorted(sent, key=lambda part: (part.role, part.key or b""))
 
 
 def limit(site: Site, size: int) -> None:

@@ -42,7 +42,7 @@ __all__ = ["bring", "take"]
 
 _OWN = {FORGOTTEN, MOVES, POSITION, timers.COUNT}  # made anew where the state goes
 _TIMEOUT_S = 30
-_LAST_MS = 600_000  # the last transaction may be a large one
+_COMMIT_S = 60
 _WRITTEN_MAX = 1000  # entries in one transaction
 _NAMED_MAX = 3
 
@@ -148,11 +148,10 @@ def bring(config: Config, path: Path) -> dict[str, int]:
     if wrong:
         raise UsageError("; ".join(wrong))
     standing_still(admin, config)
-    positions = {
-        changelog: _positions(config, admin, group, source, changelog, there[source], found.id) for group, (source, changelog) in groups_of(config).items()
-    }  # fmt: skip
     target = _Target(config, admin, there, found)
     try:
+        target.fence()
+        positions = {changelog: _positions(config, admin, group, source, changelog, there[source], found.id) for group, (source, changelog) in groups_of(config).items()}
         target.begin(positions)
         read = archive.parts(path, config)
         next(read)
@@ -187,7 +186,6 @@ class _Target:
     """The application that an archive is written to."""
 
     def __init__(self, config: Config, admin: AdminClient, there: Mapping[str, int], found: archive.Summary) -> None:
-        """Raises KafkaException."""
         self.refused = ""
         self._config = config
         self._there = there
@@ -201,7 +199,10 @@ class _Target:
         self._written = dict[bytes, bytes]()
         self._last = list[tuple[str, bytes | None, bytes | None, Headers, int]]()
         sizes = topics.sizes(topics.settings_of(admin, [*self._topics.values(), *found.queues]).values())
-        self._producer = made(Producer, topics.client_config(config, transactional_id=f"{config.application_id}-import", transaction_timeout_ms=_LAST_MS, **sizes))
+        self._producer = made(Producer, topics.client_config(config, transactional_id=f"{config.application_id}-import", transaction_timeout_ms=_COMMIT_S * 1000, **sizes))
+
+    def fence(self) -> None:
+        """Abort the transaction of an import that was killed: nobody could read the state before the transaction's time is over."""
         self._producer.init_transactions(_TIMEOUT_S)
 
     def begin(self, positions: Mapping[str, list[Position]]) -> None:
@@ -275,4 +276,4 @@ class _Target:
             raise
 
     def _commit(self) -> None:
-        self._producer.commit_transaction(_LAST_MS / 1000)
+        self._producer.commit_transaction(_COMMIT_S)

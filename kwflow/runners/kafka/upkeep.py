@@ -34,6 +34,7 @@ from kwflow.runners.moved import MOVES, home_of, moves_of
 __all__ = ["chunks", "following", "groups_of", "marked", "migrate", "reencrypt", "reset", "reset_plan", "standing_still"]
 
 _TIMEOUT_S = 30
+_ANSWER_S = 6  # for one request about a group: the library may lose it, on a new cluster above all, and the next one is answered
 _SESSION_MS = 6000
 _AGAIN_S = 0.05
 _Item = TypeVar("_Item")
@@ -67,7 +68,7 @@ def standing_still(admin: AdminClient, config: Config) -> None:
 
 def _running(admin: AdminClient, config: Config) -> str:
     """The names of our groups' members or, if they are not known, of a group that is in use; "" if nothing runs."""
-    groups = _asked(lambda: admin.describe_consumer_groups(list(groups_of(config)), request_timeout=_TIMEOUT_S), "describe the consumer groups")
+    groups = _asked(lambda: admin.describe_consumer_groups(list(groups_of(config)), request_timeout=_ANSWER_S), "describe the consumer groups")
     running = [group for group in groups if group.state not in (ConsumerGroupState.EMPTY, ConsumerGroupState.DEAD) or group.members]
     return ", ".join(sorted({member.group_instance_id or member.client_id for group in running for member in group.members})) or (running[0].group_id if running else "")
 
@@ -80,7 +81,7 @@ def _asked(ask: Callable[[], dict[Any, Any]], what: str) -> list[Any]:
     give_up = time.monotonic() + _TIMEOUT_S
     while True:
         try:
-            found = [topics.result_of(future, _TIMEOUT_S) for future in ask().values()]
+            found = [topics.result_of(future, _ANSWER_S) for future in ask().values()]
             failed = next((place for one in found for place in getattr(one, "topic_partitions", ()) if place.error is not None), None)
             if failed is None:
                 return found
@@ -95,7 +96,7 @@ def _asked(ask: Callable[[], dict[Any, Any]], what: str) -> list[Any]:
 def _offsets(admin: AdminClient, group: str, topic: str, partitions: int) -> dict[int, int]:
     """Partition -> the offset that the group committed; partitions without one are left out."""
     asked = ConsumerGroupTopicPartitions(group, [TopicPartition(topic, number) for number in range(partitions)])
-    [answer] = _asked(lambda: admin.list_consumer_group_offsets([asked], request_timeout=_TIMEOUT_S), f"read the offsets of {group}")
+    [answer] = _asked(lambda: admin.list_consumer_group_offsets([asked], request_timeout=_ANSWER_S), f"read the offsets of {group}")
     return {place.partition: place.offset for place in answer.topic_partitions if place.offset >= 0}
 
 
@@ -149,7 +150,7 @@ def reset(config: Config, input_from: str, say: Callable[[str], None]) -> None:
         if source in there:
             ends = topics.ends(admin, source, there[source], latest=input_from == "latest")
             asked = ConsumerGroupTopicPartitions(group, [TopicPartition(source, number, offset) for number, offset in ends.items()])
-            _asked(functools.partial(admin.alter_consumer_group_offsets, [asked], request_timeout=_TIMEOUT_S), f"set the offsets of {group}")
+            _asked(functools.partial(admin.alter_consumer_group_offsets, [asked], request_timeout=_ANSWER_S), f"set the offsets of {group}")
             say(f"{group} starts at the {input_from} of {source}")
     if config.owners_topic in there:  # its notes of owners, and of the records that they died at, no longer apply
         producer = made(Producer, topics.client_config(config, enable_idempotence=True))
