@@ -9,7 +9,9 @@ A client of Kafka asks when it is created, and whenever its token has used up mo
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -104,6 +106,9 @@ class Tokens:
         if not isinstance(self._given, str):
             return self._given  # type: ignore[no-any-return]
         module, _, path = self._given.partition(":")
+        directory = os.environ.get("KWFLOW_APP_DIR") or "."
+        if directory not in sys.path:  # commands without MODULEs add none; not earlier, as any optional import of a library would be looked up there
+            sys.path.append(directory)
         try:
             found: Any = importlib.import_module(module)
             for name in path.split("."):

@@ -107,7 +107,6 @@ def _ended() -> int | str | None:
 def main() -> None:
     """The entry point: errors become one line."""
     _open_streams()
-    sys.path.append(os.environ.get("KWFLOW_APP_DIR") or ".")  # for oauth_cb, in commands without MODULEs
     code = _ended()
     if "confluent_kafka" in sys.modules and (code is None or isinstance(code, int)):
         # 1. a client that was not closed, perhaps one of the author's module, is dropped as the interpreter ends
