@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ __all__ = ["LOG", "NEXT", "POSITION", "STORE_ID", "EmbeddedStore", "ends_of", "r
 
 LOG, NEXT, POSITION = b"L", b"N", b"P"  # prefixes, per topic: its records; the offset that the next one gets; the offset of the first one that no committed batch contains
 STORE_ID = b"I"  # the id of this log, from its creation to its deletion
+_VIEW_S = 10  # how long it is tried to read a database that an engine writes to
 _STATE = b"S"  # prefix, followed by the name of a changelog: a processor's state
 
 
@@ -39,8 +41,29 @@ def read_only(directory: Path) -> Rdict:
     """Open the database as it is now, even while an engine holds it.  Raises TransportError if there is none."""
     if not (directory / "CURRENT").exists():
         raise TransportError(f"{directory} holds no embedded engine")
-    with failing(directory):
-        return Rdict(str(directory), Options(raw_mode=True), access_type=AccessType.read_only())
+    # 1. RocksDB reads which tables there are, and opens them; meanwhile the engine writes a log to a table, deletes the log, and goes on in the next one.
+    # 2. RocksDB reads the logs that are there, and takes it for no error that the first one is missing.
+    # 3. The view has what was written last, and lacks what was written before: a backup would be without some of the workflows.
+    give_up = time.monotonic() + _VIEW_S
+    while True:
+        logs = _logs(directory)
+        try:
+            with failing(directory):
+                db = Rdict(str(directory), Options(raw_mode=True), access_type=AccessType.read_only())
+        except TransportError:
+            if logs <= _logs(directory) or time.monotonic() > give_up:
+                raise
+            continue  # a table was deleted before it was opened
+        if logs <= _logs(directory):
+            return db
+        db.close()
+        if time.monotonic() > give_up:
+            raise TransportError(f"{directory} cannot be read while an engine writes so much to it; stop the engine, or try again")
+
+
+def _logs(directory: Path) -> set[str]:
+    """The files of what is in no table yet.  Logs are deleted in their order, so the view is whole if those from before it are still there."""
+    return {path.name for path in directory.glob("*.log")}
 
 
 def records_of(db: Rdict, topic: str, offset: int = 0) -> Iterator[Record]:
