@@ -23,7 +23,12 @@ def has_yield(node: ast.AST | None) -> bool:
         return False
     known = getattr(node, "_kw_yields", None)
     if known is None:
-        known = isinstance(node, _WAITS) or any(map(has_yield, own_parts(node)))
+        known = isinstance(node, _WAITS)
+        if not known:
+            for part in own_parts(node):  # not `any(map(...))`: through C, 3.12 nests only some hundred calls, whatever the recursion limit is
+                if has_yield(part):
+                    known = True
+                    break
         node._kw_yields = known  # type: ignore[attr-defined]
     return bool(known)
 
