@@ -16,7 +16,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Annotated, Literal
 
 import msgspec
 
@@ -25,15 +25,22 @@ from kwflow.config import Config
 from kwflow.core import dispatch, snapshot, timers
 from kwflow.core.encrypted import is_encrypted, missing_key
 from kwflow.core.wire import Headers
-from kwflow.errors import SnapshotError, UsageError
+from kwflow.errors import SnapshotError, TransportError, UsageError
 from kwflow.runners.code import WRITTEN
 from kwflow.runners.instances import header_of
 from kwflow.runners.moved import home_of
+from kwflow.runners.private import lasting
 
 __all__ = ["CODE", "LETTERS", "RESUME", "SCHEDULER", "STATE", "TIMERS", "Call", "Entry", "Head", "Part", "Sent", "Summary", "check", "described", "entries", "parts", "queue_of", "write"]
 
-STATE, TIMERS, CODE = "state", "timers", "code"  # tables of entries
-RESUME, SCHEDULER, LETTERS = "resume", "scheduler", "dead-letter"  # roles of topics
+Table = Literal["state", "timers", "code"]
+Role = Literal["resume", "scheduler", "dead-letter"]  # of a topic
+STATE: Table = "state"
+TIMERS: Table = "timers"
+CODE: Table = "code"
+RESUME: Role = "resume"
+SCHEDULER: Role = "scheduler"
+LETTERS: Role = "dead-letter"
 _VERSION = 1
 _PART_BYTES_MAX = 1 << 30
 _NAMED_MAX = 3
@@ -55,7 +62,7 @@ class Head(msgspec.Struct, frozen=True, array_like=True, tag="kwflow archive"):
 class Entry(msgspec.Struct, frozen=True, array_like=True, tag="entry"):
     """An entry of a table."""
 
-    table: str
+    table: Table
     key: bytes
     value: bytes
 
@@ -63,11 +70,11 @@ class Entry(msgspec.Struct, frozen=True, array_like=True, tag="entry"):
 class Sent(msgspec.Struct, frozen=True, array_like=True, tag="sent"):
     """A record of a topic with this role: one that was not applied yet, or an open dead letter."""
 
-    role: str
+    role: Role
     key: bytes | None
     value: bytes | None
     headers: Headers
-    timestamp_ms: int
+    timestamp_ms: Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
 class Call(msgspec.Struct, frozen=True, array_like=True, tag="call"):
@@ -130,9 +137,9 @@ def described(counts: dict[str, int]) -> str:
 def write(path: Path, config: Config, made: Iterable[Part], moves: Callable[[], int], now_ms: int) -> dict[str, int]:
     """Write an archive of these parts; it is there, durable and readable by its user alone, only once it is whole.  Return what is in it.  `moves` is asked at the end.
 
-    Raises UsageError if the file exists or would have nothing in it, and whatever `made` raises.
+    Raises UsageError if the file exists or would have nothing in it, TransportError if it cannot be written, and whatever `made` raises.
     """
-    if path.exists():
+    if os.path.lexists(path):
         raise UsageError(f"{path} exists; give the archive another name, or remove it")
     new = path.with_name(f"{path.name}.{os.getpid()}.part")
     counts = Counter[str]()
@@ -151,13 +158,28 @@ def write(path: Path, config: Config, made: Iterable[Part], moves: Callable[[], 
                 _put(zipped, _encoder.encode(Tail(dict(counts), moves())))
             file.flush()
             os.fsync(file.fileno())
-        os.link(new, path)
+        _named(new, path)
     except FileExistsError:
         raise UsageError(f"{path} was created meanwhile; give the archive another name") from None
+    except OSError as error:
+        raise TransportError(f"{path} cannot be written: {error.strerror}", retryable=False) from None
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             new.unlink()
     return dict(counts)
+
+
+def _named(new: Path, path: Path) -> None:
+    """Give the file its name, durably, and without overwriting another one.  Raises OSError."""
+    try:
+        os.link(new, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links, such as FAT and some that are mounted from elsewhere
+        if os.path.lexists(path):
+            raise FileExistsError from None
+        new.rename(path)
+    lasting(path.parent)
 
 
 def _put(file: gzip.GzipFile, part: bytes) -> None:
@@ -218,7 +240,7 @@ def _next(file: IO[bytes] | gzip.GzipFile, path: Path, unseal: Callable[[bytes],
     try:
         found: Head | Part | Tail = _decoder.decode(unseal(part) if unseal is not None and is_encrypted(part) else part)
         return found
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise UsageError(f"{path} is not an archive of kwflow, or is damaged: {error}") from None
 
 
@@ -247,7 +269,7 @@ def check(path: Path, config: Config) -> Summary:
     return Summary(head.id, tail.counts, tail.moves, sorted(queues), calls)
 
 
-def entries(table: str, found: Iterable[tuple[bytes, bytes]], own: Collection[bytes], left_out: list[str]) -> Iterator[Entry]:
+def entries(table: Table, found: Iterable[tuple[bytes, bytes]], own: Collection[bytes], left_out: list[str]) -> Iterator[Entry]:
     """What an archive has of a table: all but those of its `own` that every partition makes anew, and those that this version does not know, which it adds to `left_out`."""
     for key, value in found:
         if home_of(key) is not None or key.startswith(WRITTEN):
@@ -260,7 +282,7 @@ def queue_of(entry: Entry) -> str:
     """The queue whose call this entry is; "" if it is none, or nobody can read it."""
     try:
         return dispatch.decode(entry.value).queue if entry.key.startswith(dispatch.PREFIX) else ""
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return ""
 
 

@@ -28,7 +28,7 @@ from kwflow.runners import rocks
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.budget import Budget, bytes_of
 from kwflow.runners.clock import SystemClock
-from kwflow.runners.embedded.state import LOG, NEXT, POSITION, STORE_ID, EmbeddedStore, records_of
+from kwflow.runners.embedded.state import LOG, NEXT, POSITION, STORE_ID, EmbeddedStore, check_imported, records_of
 from kwflow.runners.groups import Group
 from kwflow.runners.instances import Instances
 from kwflow.runners.logs import lines_of
@@ -51,7 +51,7 @@ _TRIMMED_MAX = 10_000  # outputs of a topic that are looked at in one turn
 class Embedded:
     """An engine that holds one directory.  Raises UsageError; TransportError, which names the holder, if another process has the directory."""
 
-    def __init__(self, directory: Path, config: Config | None = None, sync: bool = True, clock: Clock | None = None) -> None:
+    def __init__(self, directory: Path, config: Config | None = None, sync: bool = True, clock: Clock | None = None, imports: bool = False) -> None:
         self.limits = config or Config()
         if self.limits.cipher_keys:
             raise UsageError(f"encryption_keys are for data on a broker, but {directory} is on a local disk: encrypt that disk, and do not set them here")
@@ -80,6 +80,8 @@ class Embedded:
             pid = holder.read_text().strip() if holder.exists() else "unknown"
             why = f"is held by another process (pid {pid})" if "lock" in str(error).lower() else "cannot be opened"
             raise TransportError(f"{directory} {why}: {error}", retryable=False) from None
+        if not imports:
+            check_imported(self.db, directory)
         self.place = rocks.Place(directory)
         holder.write_text(str(os.getpid()))
         self._write = WriteOptions()

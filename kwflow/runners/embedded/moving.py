@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,11 +17,12 @@ from kwflow.errors import UsageError
 from kwflow.runners import archive, rocks
 from kwflow.runners.archive import CODE, LETTERS, RESUME, SCHEDULER, STATE, TIMERS, Entry, Head, Part, Sent, Tail
 from kwflow.runners.embedded.engine import Embedded
-from kwflow.runners.embedded.state import POSITION, EmbeddedStore, read_only, records_of
+from kwflow.runners.embedded.state import IMPORT, POSITION, STORE_ID, EmbeddedStore, read_only, records_of
 from kwflow.runners.ended import FORGOTTEN
 from kwflow.runners.groups import Group
 from kwflow.runners.letters import open_in
 from kwflow.runners.moved import MOVES, Due, moves_of
+from kwflow.runners.private import lasting
 
 __all__ = ["bring", "take"]
 
@@ -53,36 +52,74 @@ def _parts(config: Config, db: Rdict, left_out: list[str]) -> Iterator[Part]:
 
 
 def bring(config: Config, path: Path, directory: Path) -> dict[str, int]:
-    """Make a directory in which an engine continues what is in the archive; it is there only once it is whole.  Return what is in it.  Raises UsageError."""
-    if directory.exists() and any(directory.iterdir()):
-        raise UsageError(f"{directory} is not empty; an archive becomes a new directory, with nothing else in it")
+    """Make a directory in which an engine continues what is in the archive; until it is whole, no engine starts there.  Return what is in it.  Raises UsageError, TransportError."""
+    # The files are made in their place: it may be a mounted volume or a link, and its parent may belong to somebody else.
+    _check_free(directory)
     found = archive.check(path, config)
     if found.calls:
         named = ", ".join(found.calls[:_NAMED_MAX])
         raise UsageError(f"{len(found.calls)} calls in {path} wait in queues ({named}), and an embedded engine has no workers; let the workers answer them, then export again")
-    new = directory.with_name(f"{directory.name}.import")
-    shutil.rmtree(new, ignore_errors=True)  # of an import that was killed
-    engine = Embedded(new, _without_encryption(config), sync=False)
-    with contextlib.closing(engine), rocks.failing(new):
-        read, due = archive.parts(path, config), Due()
-        next(read)
-        for some in iter(lambda: list(itertools.islice(read, _WRITTEN_MAX)), []):
-            _put(config, engine, some, due)
-        last, durable = WriteBatch(raw_mode=True), WriteOptions()
-        last.put(EmbeddedStore(engine.db, config.changelog_topic).prefix + MOVES, b"%d" % (found.moves + 1))
-        if due.entry is not None:
-            last.put(EmbeddedStore(engine.db, config.timers_changelog_topic).prefix + timers.COUNT, due.entry)
-        durable.sync = True
-        engine.db.write(last, durable)
-    if directory.exists():
-        directory.rmdir()
-    new.rename(directory)
-    parent = os.open(directory.parent, os.O_RDONLY)
+    existed = directory.exists()
+    engine = Embedded(directory, _without_encryption(config), sync=False, imports=True)
+    if not _is_free(engine.db):
+        engine.close()
+        raise UsageError(f"{directory} is not empty any more: an engine ran there meanwhile")
     try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
+        with contextlib.closing(engine), rocks.failing(directory):
+            _fill(config, engine, path, found)
+    except BaseException:
+        _remove(directory, existed)
+        raise
+    lasting(directory)
+    lasting(directory.absolute().parent)
     return found.counts
+
+
+def _check_free(directory: Path) -> None:
+    """Raises UsageError unless there is nothing in the directory, or only what an import has left that did not end."""
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise UsageError(f"{directory} is not a directory")
+    if (directory / "CURRENT").exists():
+        with contextlib.closing(read_only(directory, imports=True)) as db:
+            if _is_free(db):
+                return
+    elif not (files := list(directory.iterdir())) or (directory / "LOCK").exists() and not any(path.suffix in (".sst", ".log") for path in files):
+        return  # nothing, or a database whose creation was interrupted
+    raise UsageError(f"{directory} is not empty; an archive becomes a new directory, with nothing else in it")
+
+
+def _is_free(db: Rdict) -> bool:
+    return db.get(IMPORT) is not None or all(key == STORE_ID for key in db.keys())
+
+
+def _fill(config: Config, engine: Embedded, path: Path, found: archive.Summary) -> None:
+    durable = WriteOptions()
+    durable.sync = True
+    first, last = WriteBatch(raw_mode=True), WriteBatch(raw_mode=True)
+    first.delete_range(b"", b"\xff")  # what an import has left that was killed
+    first.put(IMPORT, found.id.encode())
+    engine.db.write(first, durable)
+    read, due = archive.parts(path, config), Due()
+    next(read)
+    for some in iter(lambda: list(itertools.islice(read, _WRITTEN_MAX)), []):
+        _put(config, engine, some, due)
+    last.put(EmbeddedStore(engine.db, config.changelog_topic).prefix + MOVES, b"%d" % (found.moves + 1))
+    if due.entry is not None:
+        last.put(EmbeddedStore(engine.db, config.timers_changelog_topic).prefix + timers.COUNT, due.entry)
+    last.delete(IMPORT)
+    engine.db.write(last, durable)
+
+
+def _remove(directory: Path, existed: bool) -> None:
+    """Remove what an import that has failed leaves; what cannot be removed has its mark."""
+    for path in directory.iterdir():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    if not existed:
+        with contextlib.suppress(OSError):
+            directory.rmdir()
 
 
 def _without_encryption(config: Config) -> Config:

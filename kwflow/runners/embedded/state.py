@@ -13,9 +13,10 @@ from kwflow.core.wire import Record
 from kwflow.errors import TransportError
 from kwflow.runners.rocks import entries, failing
 
-__all__ = ["LOG", "NEXT", "POSITION", "STORE_ID", "EmbeddedStore", "ends_of", "read_only", "records_of"]
+__all__ = ["IMPORT", "LOG", "NEXT", "POSITION", "STORE_ID", "EmbeddedStore", "check_imported", "ends_of", "read_only", "records_of"]
 
 LOG, NEXT, POSITION = b"L", b"N", b"P"  # prefixes, per topic: its records; the offset that the next one gets; the offset of the first one that no committed batch contains
+IMPORT = b"M"  # there while an archive is imported
 STORE_ID = b"I"  # the id of this log, from its creation to its deletion
 _VIEW_S = 10  # how long it is tried to read a database that an engine writes to
 _STATE = b"S"  # prefix, followed by the name of a changelog: a processor's state
@@ -37,8 +38,8 @@ class EmbeddedStore:
             yield key[len(self.prefix) :], value
 
 
-def read_only(directory: Path) -> Rdict:
-    """Open the database as it is now, even while an engine holds it.  Raises TransportError if there is none."""
+def read_only(directory: Path, imports: bool = False) -> Rdict:
+    """Open the database as it is now, even while an engine holds it.  Raises TransportError if there is none or, unless asked for `imports`, only a part of an archive."""
     if not (directory / "CURRENT").exists():
         raise TransportError(f"{directory} holds no embedded engine")
     # 1. RocksDB reads which tables there are, and opens them; meanwhile the engine writes a log to a table, deletes the log, and goes on in the next one.
@@ -55,10 +56,20 @@ def read_only(directory: Path) -> Rdict:
                 raise
             continue  # a table was deleted before it was opened
         if logs <= _logs(directory):
-            return db
+            break
         db.close()
         if time.monotonic() > give_up:
             raise TransportError(f"{directory} cannot be read while an engine writes so much to it; stop the engine, or try again")
+    if not imports:
+        check_imported(db, directory)
+    return db
+
+
+def check_imported(db: Rdict, directory: Path) -> None:
+    """Raises TransportError, and closes the database, if it has only a part of an archive."""
+    if db.get(IMPORT) is not None:
+        db.close()
+        raise TransportError(f"{directory}: an archive was imported only in part; finish it with kwflow import, or remove the directory", retryable=False)
 
 
 def _logs(directory: Path) -> set[str]:
