@@ -45,7 +45,7 @@ class Config(BaseSettings):
     bootstrap_servers: str = "localhost:9092"
     instance_id: str | None = Field(default=None, description="this engine's identity, such as a pod's name; default: a UUID kept in the state directory (K1)")
     process: int = Field(default=0, ge=0, description="the number of this process in its engine; set by --processes")
-    supervisor_pid: int | None = Field(default=None, description="set by --processes: a process ends when this is no longer its parent")
+    supervisor_pid: int | None = Field(default=None, description="set by --processes and kwflow dev: a process ends when this is no longer its parent")
     accept_offset_reset: bool = Field(default=False, description="start from the group's offsets even if they differ from the stored ones, or if retention has deleted the next records (K16)")
     wait_for_broker_s: float = Field(default=0, ge=0, description="how long to wait at start for the broker and the topics")
     client_connect_s: float = Field(default=10, gt=0, description="how long a client waits for the broker when it is created")

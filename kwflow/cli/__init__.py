@@ -26,7 +26,7 @@ __all__ = ["app", "main"]
 
 _COMMANDS = {  # in the order of the help: where each command or group of commands is
     "engine": "engines.engine", "worker": "workers.worker", "scheduler": "engines.scheduler", "feed": "engines.feed", "gateway": "gateway.gateway", "console": "console.console",
-    "run": "engines.run", "start": "records.start", "resume": "records.resume", "signal": "messages.signal", "update": "messages.update", "query": "messages.query",
+    "run": "engines.run", "dev": "dev.dev", "start": "records.start", "resume": "records.resume", "signal": "messages.signal", "update": "messages.update", "query": "messages.query",
     "cancel": "messages.cancel", "terminate": "messages.terminate", "pause": "messages.pause", "unpause": "messages.unpause", "fork": "messages.fork", "rewind": "messages.rewind",
     "result": "messages.result", "show": "instances.show", "checkpoints": "instances.checkpoints", "history": "history.history", "tail": "records.tail", "reset": "topics.reset",
     "list": "instances.list_", "dead-letters": "dead_letters.dead", "schedule": "schedules.schedules_app", "topics": "topics.topics_app", "code": "code.code_app", "bulk": "bulk.bulk_app",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -12,9 +14,9 @@ from kwflow.cli.messages import connect
 from kwflow.cli.serving import without_extra
 from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, LogFormat, MaybeDir
 from kwflow.cli.watching import carry_logging, ends_in_its_log, log_of
-from kwflow.config import load_config
+from kwflow.config import Config, load_config
 
-__all__ = ["console"]
+__all__ = ["console", "prepared"]
 
 _OPTIONAL = ("jinja2", "starlette", "uvicorn")
 
@@ -34,19 +36,24 @@ def console(
 
     Example: kwflow console --embedded ./state
     """
+    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id, log_format=log_format)
+    log = log_of(settings)
+    carry_logging(log)
+    serve = prepared(settings, embedded, _site_options(embedded, bootstrap_servers, application_id, config), app_dir, read_only)
+    with ends_in_its_log(settings):
+        serve(host or ("0.0.0.0" if settings.console_tokens else "127.0.0.1"), port, log)
+
+
+def prepared(settings: Config, embedded: Path | None, options: list[str], app_dir: Path | None, read_only: bool = False) -> Callable[[str, int, Callable[[str], None]], None]:
+    """Return the function that serves the console (host, port, log) until a signal.  Raises UsageError if its packages are missing."""
     try:
         from kwflow.console.server import serve
         from kwflow.console.site import Site
     except ModuleNotFoundError as error:
         raise without_extra("console", _OPTIONAL, error) from None
-    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id, log_format=log_format)
-    log = log_of(settings)
-    carry_logging(log)
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises once more what it was ended by, when all is done
         signal.signal(number, lambda *_: None)
-    site = Site(settings, embedded, lambda: connect(settings, embedded), _site_options(embedded, bootstrap_servers, application_id, config), app_dir, read_only)
-    with ends_in_its_log(settings):
-        serve(site, host or ("0.0.0.0" if settings.console_tokens else "127.0.0.1"), port, log)
+    return functools.partial(serve, Site(settings, embedded, lambda: connect(settings, embedded), options, app_dir, read_only))
 
 
 def _site_options(embedded: Path | None, bootstrap_servers: str | None, application_id: str | None, config: Path | None) -> list[str]:

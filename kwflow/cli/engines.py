@@ -154,7 +154,7 @@ def _engine_embedded(settings: Config, modules: list[str], app_dir: Path | None,
         _be_an_engine(log)
         with serve(held), watched(settings, [held], log):
             log(f"kwflow engine runs in {directory}")
-            held.run(processors, stop, log)
+            held.run(processors, lambda: stop() or orphaned(settings.supervisor_pid), log)
             _say_counts(held.counts, log)
     finally:
         held.close()

@@ -21,7 +21,7 @@ __all__ = ["RestoreBar", "carry_logging", "ends_in_its_log", "log_of", "watched"
 
 def log_of(settings: Config) -> Callable[[str], None]:
     """Where log lines go: standard error, as text or as JSON, with the process's number where there are several.  One that cannot be written is lost, and the engine goes on."""
-    number = None if settings.supervisor_pid is None else settings.process
+    number = settings.process if settings.supervisor_pid is not None and "process" in settings.model_fields_set else None
     if settings.log_format == "json":
 
         def write(line: str) -> None:
