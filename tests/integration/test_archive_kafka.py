@@ -7,15 +7,18 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType  # type: ignore[attr-defined]
 from rocksdict import WriteBatch
 
-from kwflow.config import Config
+from kwflow.config import Config, load_config
 from kwflow.core import snapshot
+from kwflow.errors import UsageError
 from kwflow.runners import archive
 from kwflow.runners.embedded.state import EmbeddedStore
+from kwflow.runners.kafka import moving, upkeep
 from tests import commands
 from tests.embedded.test_archive import Clock
 from tests.embedded.test_archive import Site as Embedding
@@ -216,6 +219,51 @@ def test_what_is_exported_again_is_what_was_imported_however_often_the_import_wa
     assert killed > 0
     site.run("export", str(second))
     assert contents(second) == contents(first)
+
+
+def test_an_import_beside_an_engine_that_has_started_meanwhile_is_refused(moves: Moves, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has restored the state before the import has marked it: it would go on without what is imported."""
+    moves.embedded("start", "w")
+    file = moves.directory / "one.kwflow"
+    moves.embedded("export", str(file))
+    site, fence = moves.site("first", 2), moving._Target.fence
+
+    def fence_late(target: moving._Target) -> None:
+        fence(target)
+        site.engine("one", moves.module)
+        until(lambda: "owns" in site.logged(), 60, site.logged)
+
+    monkeypatch.setattr(moving._Target, "fence", fence_late)
+    for name, value in site.environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="was started meanwhile"):
+        moving.bring(load_config(None), file)
+    stop(site)
+    site.run("import", str(file))
+    site.engine("one", moves.module)
+    site.until(lambda: waits(site, "w") == ["signal"])
+
+
+def test_an_export_during_which_an_engine_ran_is_removed(moves: Moves, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if it has stopped again: of some partitions the archive has the state before it ran, of others that after it."""
+    site, file, waiting = moves.site("first", 2), moves.directory / "one.kwflow", moving._waiting
+    site.producer.produce(f"{site.application}-dead-letter", b"{", b"w", headers={"kwflow-error-reason": b"bad-json"})
+    site.run("start", "w")
+
+    def waiting_late(*told: Any) -> Any:
+        engine = site.engine("one", moves.module)
+        site.until(lambda: waits(site, "w") == ["signal"])
+        engine.terminate()
+        assert engine.wait(30) == 0
+        upkeep.standing_still(told[1], told[0])
+        return waiting(*told)
+
+    for name, value in site.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(moving, "_waiting", waiting_late)
+    with pytest.raises(UsageError, match="ran meanwhile; the archive was removed"):
+        moving.take(load_config(None), file)
+    assert not file.exists()
 
 
 def contents(path: pathlib.Path) -> tuple[list[archive.Entry], list[archive.Sent]]:

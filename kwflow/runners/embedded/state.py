@@ -16,7 +16,7 @@ from kwflow.runners.rocks import entries, failing
 __all__ = ["IMPORT", "LOG", "NEXT", "POSITION", "STORE_ID", "EmbeddedStore", "check_imported", "ends_of", "read_only", "records_of"]
 
 LOG, NEXT, POSITION = b"L", b"N", b"P"  # prefixes, per topic: its records; the offset that the next one gets; the offset of the first one that no committed batch contains
-IMPORT = b"M"  # there while an archive is imported
+IMPORT = b"A"  # there while an archive is imported
 STORE_ID = b"I"  # the id of this log, from its creation to its deletion
 _VIEW_S = 10  # how long it is tried to read a database that an engine writes to
 _STATE = b"S"  # prefix, followed by the name of a changelog: a processor's state

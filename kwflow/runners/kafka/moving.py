@@ -34,7 +34,7 @@ from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.environment import made
 from kwflow.runners.kafka.link import latest, read
 from kwflow.runners.kafka.state import IMPORT, POSITION, Position, importing, position_of
-from kwflow.runners.kafka.upkeep import chunks, following, groups_of, standing_still
+from kwflow.runners.kafka.upkeep import chunks, following, groups_of, still_standing
 from kwflow.runners.letters import open_in
 from kwflow.runners.moved import MOVES, Due, home_of, moves_of
 
@@ -55,7 +55,7 @@ def take(config: Config, path: Path) -> tuple[dict[str, int], list[str]]:
     admin = topics.admin(config)
     there = topics.partitions_of(admin, config)
     _check_topics(config, there)
-    standing_still(admin, config)
+    check_still = still_standing(admin, config, there)
     left_out: list[str] = []
     moved = [0]
 
@@ -78,7 +78,7 @@ def take(config: Config, path: Path) -> tuple[dict[str, int], list[str]]:
 
     counts = archive.write(path, config, made(), lambda: max(moved), time.time_ns() // 1_000_000)
     try:
-        standing_still(admin, config)
+        check_still()
     except UsageError as error:
         path.unlink()
         raise UsageError(f"{error}; the archive was removed, as it may be neither the state before nor the state after that") from None
@@ -147,12 +147,16 @@ def bring(config: Config, path: Path) -> dict[str, int]:
     wrong = topics.problems(admin, config, found.queues, list(groups_of(config)))
     if wrong:
         raise UsageError("; ".join(wrong))
-    standing_still(admin, config)
+    check_still = still_standing(admin, config, there)
     target = _Target(config, admin, there, found)
     try:
         target.fence()
         positions = {changelog: _positions(config, admin, group, source, changelog, there[source], found.id) for group, (source, changelog) in groups_of(config).items()}
         target.begin(positions)
+        try:
+            check_still()  # whatever starts from here on finds the mark
+        except UsageError as error:
+            raise UsageError(f"{error}; stop every engine and scheduler of {config.application_id}, and import again") from None
         read = archive.parts(path, config)
         next(read)
         for some in iter(lambda: list(itertools.islice(read, _WRITTEN_MAX)), []):

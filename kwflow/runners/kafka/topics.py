@@ -29,6 +29,7 @@ __all__ = [
 
 _DAY_MS = 86_400_000
 _LATE_S = 5.0
+_LEADER_S = 10.0  # how long a partition may be without a leader
 _LOOK_S = 0.02
 _MESSAGE_BYTES_MAX = 1_000_000_000  # librdkafka's maximum; a topic may allow twice as much
 _TRANSIENT = {  # answers of a leader or coordinator that moves or is new, or connections that fail, perhaps as a token has expired; librdkafka marks only few of them as retriable
@@ -312,13 +313,17 @@ def committed_ends(client: AdminClient, topic: str, partitions: Iterable[int]) -
 
 
 def ends(client: AdminClient, topic: str, partitions: int, latest: bool) -> dict[int, int]:
-    """Partition -> the offset of its end or, if not `latest`, of its beginning.  Raises TransportError."""
+    """Partition -> the offset of its end or, if not `latest`, of its beginning.  Asked again while the topic has just been created.  Raises TransportError."""
     spec = OffsetSpec.latest() if latest else OffsetSpec.earliest()  # type: ignore[no-untyped-call]
-    asked = client.list_offsets({TopicPartition(topic, number): spec for number in range(partitions)}, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=10)
-    try:
-        return {where.partition: offset_of(future, 10) for where, future in asked.items()}
-    except KafkaException as error:
-        raise TransportError(f"cannot read the offsets of {topic}: {error.args[0].str()}") from None
+    give_up = time.monotonic() + _LEADER_S
+    while True:
+        asked = client.list_offsets({TopicPartition(topic, number): spec for number in range(partitions)}, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=10)
+        try:
+            return {where.partition: offset_of(future, 10) for where, future in asked.items()}
+        except KafkaException as error:
+            if not transient(error.args[0]) or time.monotonic() > give_up:
+                raise TransportError(f"cannot read the offsets of {topic}: {error.args[0].str()}") from None
+        time.sleep(_LOOK_S)
 
 
 def overridden(client: AdminClient, topic: str) -> dict[str, str]:

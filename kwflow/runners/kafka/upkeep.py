@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -31,7 +31,7 @@ from kwflow.runners.kafka.link import latest, read
 from kwflow.runners.kafka.state import POSITION, Position, position_of
 from kwflow.runners.moved import MOVES, home_of, moves_of
 
-__all__ = ["chunks", "following", "groups_of", "marked", "migrate", "reencrypt", "reset", "reset_plan", "standing_still"]
+__all__ = ["chunks", "following", "groups_of", "marked", "migrate", "reencrypt", "reset", "reset_plan", "standing_still", "still_standing"]
 
 _TIMEOUT_S = 30
 _ANSWER_S = 6  # for one request about a group: the library may lose it, on a new cluster above all, and the next one is answered
@@ -64,6 +64,24 @@ def standing_still(admin: AdminClient, config: Config) -> None:
         if time.monotonic() > give_up:
             raise UsageError(f"{running} is still running; stop every engine and scheduler of {config.application_id} first")
         time.sleep(0.5)
+
+
+def still_standing(admin: AdminClient, config: Config, there: Mapping[str, int]) -> Callable[[], None]:
+    """Wait until nothing runs.  The function that is returned raises UsageError if anything has run since then, even if it has ended."""
+    standing_still(admin, config)
+    owners = config.owners_topic  # whatever takes a partition writes its name to it first
+
+    def written() -> dict[int, int]:
+        return topics.ends(admin, owners, there[owners], latest=True) if owners in there else {}
+
+    before = written()
+
+    def check() -> None:
+        running = _running(admin, config)
+        if running or written() != before:
+            raise UsageError(f"{running or 'an engine or a scheduler'} {'was started' if running else 'ran'} meanwhile")
+
+    return check
 
 
 def _running(admin: AdminClient, config: Config) -> str:
