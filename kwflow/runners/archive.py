@@ -24,14 +24,18 @@ import kwflow
 from kwflow.config import Config
 from kwflow.core import dispatch, snapshot, timers
 from kwflow.core.encrypted import is_encrypted, missing_key
-from kwflow.core.wire import Headers
+from kwflow.core.wire import Headers, Record
 from kwflow.errors import SnapshotError, TransportError, UsageError
 from kwflow.runners.code import WRITTEN
 from kwflow.runners.instances import header_of
+from kwflow.runners.letters import open_in, renamed
 from kwflow.runners.moved import home_of
 from kwflow.runners.private import lasting
 
-__all__ = ["CODE", "LETTERS", "RESUME", "SCHEDULER", "STATE", "TIMERS", "Call", "Entry", "Head", "Part", "Sent", "Summary", "check", "described", "entries", "parts", "queue_of", "write"]
+__all__ = [
+    "CODE", "LETTERS", "RESUME", "SCHEDULER", "STATE", "TIMERS", "Call", "Entry", "Head", "Part", "Sent", "Summary", "check", "described", "entries", "headers_of", "letters", "parts", "queue_of",
+    "write",
+]  # fmt: skip
 
 Table = Literal["state", "timers", "code"]
 Role = Literal["resume", "scheduler", "dead-letter"]  # of a topic
@@ -276,6 +280,18 @@ def entries(table: Table, found: Iterable[tuple[bytes, bytes]], own: Collection[
             yield Entry(table, key, value)
         elif key not in own:
             left_out.append(f"an entry with the key {key[:_KEY_SHOWN]!r} is left out: this version of kwflow does not know what it is")
+
+
+def letters(config: Config, found: Iterable[Record]) -> Iterator[Sent]:
+    """The open letters among the records of the dead-letter topic."""
+    names = {config.resume_topic: RESUME, config.scheduler_topic: SCHEDULER}  # the target's topics may have other names
+    for letter in open_in(found).values():
+        yield Sent(LETTERS, letter.key, letter.value, renamed(letter.headers, names), letter.timestamp_ms)
+
+
+def headers_of(config: Config, part: Sent) -> Headers:
+    """The headers of a record for this application."""
+    return renamed(part.headers, {RESUME: config.resume_topic, SCHEDULER: config.scheduler_topic}) if part.role == LETTERS else part.headers
 
 
 def queue_of(entry: Entry) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from kwflow.config import Config
-from kwflow.core.wire import Output, Record
+from kwflow.core.wire import Headers, Output, Record
 from kwflow.errors import UsageError
 from kwflow.runners import feeds
 from kwflow.runners.groups import Group, Mark, Undone
@@ -18,10 +18,11 @@ from kwflow.runners.instances import header_of
 from kwflow.runners.outside import Write, read, sole_writer, states
 from kwflow.runners.parked import ADDRESS, HOLD, holds
 
-__all__ = ["Parked", "Settled", "letters_of", "no_such", "note_of", "open_in", "parked_of", "settle"]
+__all__ = ["Parked", "Settled", "letters_of", "no_such", "note_of", "open_in", "parked_of", "renamed", "settle"]
 
 _DONE = "kwflow-dead-letter-done"
 _FIRST = "kwflow-original-timestamp"
+_TOPIC = "kwflow-error-topic"
 
 
 class Parked(msgspec.Struct, frozen=True):
@@ -68,6 +69,16 @@ def open_in(records: Iterable[Record]) -> dict[str, Record]:
         elif reason != "parked":
             letters[f"{record.partition}:{record.offset}"] = record
     return {identity: record for identity, record in letters.items() if identity.encode() not in done}
+
+
+def renamed(headers: Headers, names: Mapping[str, str]) -> Headers:
+    """The headers of a letter, in which the topic that it is from has another name; that of a feed keeps its name."""
+    letter = Record("", 0, 0, 0, None, None, headers)
+    new = names.get(note_of(letter, "topic") or "") if not feeds.is_letter(letter) else None
+    if new is None:
+        return headers
+    place = max(number for number, (name, _) in enumerate(headers) if name == _TOPIC)
+    return (*headers[:place], (_TOPIC, new.encode()), *headers[place + 1 :])
 
 
 def parked_of(settings: Config, embedded: Path | None) -> dict[str, Parked]:
@@ -161,5 +172,6 @@ def _closing(settings: Config, identity: str, letter: Record, again: bool) -> Gr
     elif again:
         headers = tuple(pair for pair in letter.headers if not pair[0].startswith("kwflow-error-") and pair[0] not in ADDRESS)
         first = () if any(name == _FIRST and value for name, value in headers) else ((_FIRST, str(letter.timestamp_ms).encode()),)
-        records.insert(0, Output(note_of(letter, "topic") or settings.resume_topic, letter.key, letter.value, (*headers, *first)))
+        topic = settings.scheduler_topic if note_of(letter, "topic") == settings.scheduler_topic else settings.resume_topic  # which may have had another name
+        records.insert(0, Output(topic, letter.key, letter.value, (*headers, *first)))
     return Group(tuple(records), mark)

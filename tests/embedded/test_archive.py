@@ -23,6 +23,7 @@ from kwflow.runners.embedded.engine import Embedded
 from kwflow.runners.embedded.moving import bring, take
 from kwflow.runners.embedded.state import EmbeddedStore
 from kwflow.runners.hosted import processors_of
+from kwflow.runners.letters import letters_of, settle
 from tests.embedded.shell import Shell
 
 SOURCE = """
@@ -331,6 +332,25 @@ def test_a_forged_archive_is_refused_before_anything_is_done(tmp_path: pathlib.P
     with pytest.raises(UsageError, match="is not an archive of kwflow, or is damaged"):
         bring(Config(), tmp_path / "x", tmp_path / "to")
     assert not (tmp_path / "to").exists()
+
+
+def test_a_letter_that_is_retried_after_the_move_goes_where_the_topics_have_other_names(open_site: Callable[..., Site]) -> None:
+    """G3: it was sent to the topic of before, which nobody reads, or the application of before."""
+    site = open_site(resume_topic="old-resume", scheduler_topic="old-scheduler")
+    site.send("w", "new")
+    site.send("w", None, "pause")
+    site.engine.append("old-resume", b"w", b"{", ())
+    site.engine.append("old-resume", b"x", b"{", ())
+    site.engine.append("old-scheduler", b"x|1", b"soon", ())
+    site.work()
+    new = moved(site)
+    new.send("w", None, "unpause")
+    new.close()
+    assert len(list(settle(new.config, new.engine.directory, None, None, "retry"))) == 3
+    again = open_site("to")
+    again.work()
+    reasons = [dict(letter.headers)["kwflow-error-reason"] for letter in letters_of(again.config, again.engine.directory).values()]
+    assert sorted(reasons) == [b"bad-delay", b"bad-json", b"bad-json"]
 
 
 @pytest.mark.parametrize(("before", "after", "why"), [

@@ -20,7 +20,6 @@ from kwflow.runners.embedded.engine import Embedded
 from kwflow.runners.embedded.state import IMPORT, POSITION, STORE_ID, EmbeddedStore, read_only, records_of
 from kwflow.runners.ended import FORGOTTEN
 from kwflow.runners.groups import Group
-from kwflow.runners.letters import open_in
 from kwflow.runners.moved import MOVES, Due, moves_of
 from kwflow.runners.private import lasting
 
@@ -47,8 +46,7 @@ def _parts(config: Config, db: Rdict, left_out: list[str]) -> Iterator[Part]:
     for role, topic in ((SCHEDULER, config.scheduler_topic), (RESUME, config.resume_topic)):
         waiting = records_of(db, topic, int(db.get(POSITION + topic.encode()) or 0))
         yield from (Sent(role, record.key, record.value, record.headers, record.timestamp_ms) for record in waiting)
-    for letter in open_in(records_of(db, config.dead_letter_topic)).values():
-        yield Sent(LETTERS, letter.key, letter.value, letter.headers, letter.timestamp_ms)
+    yield from archive.letters(config, records_of(db, config.dead_letter_topic))
 
 
 def bring(config: Config, path: Path, directory: Path) -> dict[str, int]:
@@ -134,7 +132,7 @@ def _put(config: Config, engine: Embedded, some: Iterable[Head | Part | Tail], d
     batch, sent = WriteBatch(raw_mode=True), list[Output]()
     for part in some:
         if isinstance(part, Sent):
-            sent.append(Output(topics[part.role], part.key, part.value, part.headers, part.timestamp_ms))
+            sent.append(Output(topics[part.role], part.key, part.value, archive.headers_of(config, part), part.timestamp_ms))
         elif isinstance(part, Entry) and part.table == CODE:
             sent.append(Output(config.code_topic, part.key, part.value))
         elif isinstance(part, Entry):

@@ -35,7 +35,6 @@ from kwflow.runners.kafka.environment import made
 from kwflow.runners.kafka.link import latest, read
 from kwflow.runners.kafka.state import IMPORT, POSITION, Position, importing, position_of
 from kwflow.runners.kafka.upkeep import chunks, following, groups_of, still_standing
-from kwflow.runners.letters import open_in
 from kwflow.runners.moved import MOVES, Due, home_of, moves_of
 
 __all__ = ["bring", "take"]
@@ -73,8 +72,7 @@ def take(config: Config, path: Path) -> tuple[dict[str, int], list[str]]:
         yield from (Entry(CODE, key, value) for key, value in latest(config, config.code_topic).items())
         yield from open_calls.found(there, left_out)
         yield from _waiting(config, admin, there)
-        for letter in open_in(read(config, config.dead_letter_topic)).values():
-            yield Sent(LETTERS, letter.key, letter.value, letter.headers, letter.timestamp_ms)
+        yield from archive.letters(config, read(config, config.dead_letter_topic))
 
     counts = archive.write(path, config, made(), lambda: max(moved), time.time_ns() // 1_000_000)
     try:
@@ -222,7 +220,7 @@ class _Target:
         self._producer.begin_transaction()
         for part in some:
             if isinstance(part, Sent):
-                self._last.append((self._topics[part.role], part.key, part.value, part.headers, part.timestamp_ms))
+                self._last.append((self._topics[part.role], part.key, part.value, archive.headers_of(self._config, part), part.timestamp_ms))
             elif isinstance(part, Call):
                 self._keep_call(part.queue, part.call)
             elif isinstance(part, Entry) and part.table == CODE:
