@@ -1,4 +1,4 @@
-"""What the documents show is run: Python blocks as they stand (for commands, see test_commands.py)."""
+"""What the documents show is run: Python blocks as they stand (for commands, see test_commands.py; the tutorial has a test of its own)."""
 
 import pathlib
 import re
@@ -21,7 +21,7 @@ def blocks(path: pathlib.Path, language: str) -> list[str]:
 
 
 SAMPLES = sorted(path for path in (ROOT / "workflows").glob("*.py") if (ROOT / f"docs/how-to/{path.stem.replace('_', '-')}.md").exists())
-PYTHON = [(path, number, text) for path in DOCUMENTS if path.parent.name != "how-to" for number, text in enumerate(blocks(path, "python"))]
+PYTHON = [(path, number, text) for path in DOCUMENTS if path.parent.name != "how-to" and path.name != "TUTORIAL.md" for number, text in enumerate(blocks(path, "python"))]
 
 
 @pytest.mark.parametrize(("path", "number", "text"), PYTHON, ids=[f"{p.name}-{n}" for p, n, _ in PYTHON])
