@@ -175,6 +175,7 @@ def test_an_import_that_has_failed_lets_no_engine_start_until_it_is_repeated(mov
     assert "an archive was imported only in part" in site.logged()
     assert "another archive was imported into it only in part" in site.refused("import", other)
     assert "only in part; finish that first" in site.refused("export", str(moves.directory / "never.kwflow"))
+    assert "only in part; finish that first" in site.refused("topics", "migrate", "--partitions", "3"), "it would replace the mark"
     limit(site, 1_000_000)
     site.run("import", file)
     site.engine("one", moves.module)

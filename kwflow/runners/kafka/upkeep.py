@@ -28,7 +28,7 @@ from kwflow.runners.kafka import topics
 from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.environment import made
 from kwflow.runners.kafka.link import latest, read
-from kwflow.runners.kafka.state import POSITION, Position, position_of
+from kwflow.runners.kafka.state import POSITION, Position, importing, position_of
 from kwflow.runners.moved import MOVES, home_of, moves_of
 
 __all__ = ["chunks", "following", "groups_of", "marked", "migrate", "reencrypt", "reset", "reset_plan", "standing_still", "still_standing"]
@@ -222,7 +222,11 @@ def migrate(config: Config, partitions: int, say: Callable[[str], None]) -> None
         if source not in there or changelog not in there:
             raise UsageError(f"topic {source if source not in there else changelog} is missing; create it with kwflow topics create")
         if there[source] > partitions:
-            raise UsageError(f"{source} has {there[source]} partitions; Kafka can only add partitions, not remove them")
+            raise UsageError(f"{source} has {there[source]} partitions; Kafka can only add partitions, not remove them; fewer are possible with kwflow export and kwflow import")
+        for number in range(there[changelog]):
+            state = latest(config, changelog, number, lambda key, value: value if key == POSITION else None)
+            if importing(state.get(POSITION), f"{changelog}[{number}]") is not None:
+                raise UsageError(f"an archive was imported into {config.application_id} only in part; finish that first")
         _applied(config, admin, group, source, changelog, there[source])
     for group, (source, changelog) in groups_of(config).items():
         more = [NewPartitions(topic, partitions) for topic in (source, changelog) if there[topic] < partitions]
