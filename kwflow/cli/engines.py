@@ -27,7 +27,7 @@ from kwflow.errors import UsageError
 from kwflow.feeds import Feed, registered_feeds
 from kwflow.runners.embedded.engine import Embedded
 from kwflow.runners.embedded.socket import serve
-from kwflow.runners.embedded.state import EmbeddedStore
+from kwflow.runners.embedded.state import EmbeddedStore, changelogs_of
 from kwflow.runners.feeds import FeedProcessor
 from kwflow.runners.hosted import processors_of
 from kwflow.runners.loop import WorkflowProcessor
@@ -154,6 +154,9 @@ def _engine_embedded(settings: Config, modules: list[str], app_dir: Path | None,
         _be_an_engine(log)
         with serve(held), watched(settings, [held], log):
             log(f"kwflow engine runs in {directory}")
+            others = [name.removesuffix("-state-changelog") for name in changelogs_of(held.db) if name not in (settings.changelog_topic, settings.timers_changelog_topic)]
+            if others:
+                log(f"it leaves what belongs to the application {others[0]} alone: to continue that, start it with --application-id {others[0]}, or its configuration file")
             held.run(processors, lambda: stop() or orphaned(settings.supervisor_pid), log)
             _say_counts(held.counts, log)
     finally:

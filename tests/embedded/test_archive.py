@@ -437,6 +437,11 @@ def test_the_commands_say_what_they_did_and_refuse_what_would_overwrite_anything
     assert full.returncode == 1 and "File too large" in full.stderr, full.stderr
     assert f"{other.directory}: 1 instances, 1 modules" in other("import", str(file))
     shell.end()
+    another = other.engine("flow", "--app-dir", str(tmp_path), "--application-id", "another")
+    said = another.stderr.readline() if another.stderr is not None else ""
+    assert "it leaves what belongs to the application workflow-engine alone: to continue that, start it with --application-id workflow-engine" in said
+    another.terminate()
+    assert another.wait(30) == 0
     other.engine("flow", "--app-dir", str(tmp_path))
     other("signal", "w", "s", "--value", "5")
     assert other("result", "w").strip() == "5"

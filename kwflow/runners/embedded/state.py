@@ -13,7 +13,7 @@ from kwflow.core.wire import Record
 from kwflow.errors import TransportError
 from kwflow.runners.rocks import entries, failing
 
-__all__ = ["IMPORT", "LOG", "NEXT", "POSITION", "STORE_ID", "EmbeddedStore", "check_imported", "ends_of", "read_only", "records_of"]
+__all__ = ["IMPORT", "LOG", "NEXT", "POSITION", "STORE_ID", "EmbeddedStore", "changelogs_of", "check_imported", "ends_of", "read_only", "records_of"]
 
 LOG, NEXT, POSITION = b"L", b"N", b"P"  # prefixes, per topic: its records; the offset that the next one gets; the offset of the first one that no committed batch contains
 IMPORT = b"A"  # there while an archive is imported
@@ -82,6 +82,16 @@ def records_of(db: Rdict, topic: str, offset: int = 0) -> Iterator[Record]:
     prefix = LOG + topic.encode() + b"\0"
     for _, value in entries(db, prefix, prefix + b"%020d" % offset):
         yield msgspec.msgpack.decode(value, type=Record)
+
+
+def changelogs_of(db: Rdict) -> list[str]:
+    """The names of the changelogs that have entries."""
+    found, start = list[str](), _STATE
+    while (key := next((key for key, _ in entries(db, _STATE, start)), None)) is not None:
+        name = key[len(_STATE) : key.index(b"\0")]
+        found.append(name.decode())
+        start = _STATE + name + b"\1"
+    return found
 
 
 def ends_of(db: Rdict, topics: Sequence[str]) -> dict[str, int]:
