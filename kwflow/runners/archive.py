@@ -23,7 +23,7 @@ import msgspec
 import kwflow
 from kwflow.config import Config
 from kwflow.core import dispatch, snapshot, timers
-from kwflow.core.encrypted import is_encrypted, missing_key
+from kwflow.core.encrypted import is_encrypted, wrong_with
 from kwflow.core.wire import Headers, Record
 from kwflow.errors import SnapshotError, TransportError, UsageError
 from kwflow.runners.code import WRITTEN
@@ -199,7 +199,7 @@ def _sealing(config: Config) -> Callable[[bytes], bytes] | None:
     return lambda part: encryption.encrypt("", part, own=True)[0] or b""
 
 
-def _unsealing(config: Config) -> Callable[[bytes], bytes]:
+def _unsealing(path: Path, config: Config) -> Callable[[bytes], bytes]:
     from kwflow.runners.kafka.encryption import Encryption
 
     encryption = Encryption(config)
@@ -207,7 +207,7 @@ def _unsealing(config: Config) -> Callable[[bytes], bytes]:
     def unseal(part: bytes) -> bytes:
         found = encryption.decrypt(part) or b""
         if is_encrypted(found):
-            raise UsageError(str(missing_key("the archive", found)))
+            raise UsageError(f"{path}: {wrong_with(found)}")
         return found
 
     return unseal
@@ -223,7 +223,7 @@ def parts(path: Path, config: Config) -> Iterator[Head | Part | Tail]:
             if head.version != _VERSION:
                 raise UsageError(f"{path} is an archive of version {head.version}, which kwflow {kwflow.__version__} does not know; it was written by {head.kwflow}")
             yield head
-            unseal = _unsealing(config) if head.encrypted else None
+            unseal = _unsealing(path, config) if head.encrypted else None
             while not isinstance(part := _next(file, path, unseal), Tail):
                 if isinstance(part, Head):
                     raise UsageError(f"{path} is damaged: it begins twice")

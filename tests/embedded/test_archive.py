@@ -23,6 +23,7 @@ from kwflow.runners.embedded.engine import Embedded
 from kwflow.runners.embedded.moving import bring, take
 from kwflow.runners.embedded.state import EmbeddedStore
 from kwflow.runners.hosted import processors_of
+from kwflow.runners.kafka.moving import _OpenCalls
 from kwflow.runners.letters import letters_of, settle
 from tests.embedded.shell import Shell
 
@@ -351,6 +352,20 @@ def test_a_letter_that_is_retried_after_the_move_goes_where_the_topics_have_othe
     again.work()
     reasons = [dict(letter.headers)["kwflow-error-reason"] for letter in letters_of(again.config, again.engine.directory).values()]
     assert sorted(reasons) == [b"bad-delay", b"bad-json", b"bad-json"]
+
+
+@pytest.mark.parametrize("calls", [[{}], [{"ref": 1}]])
+def test_calls_that_a_forged_header_has_do_not_end_an_export(open_site: Callable[..., Site], calls: Any) -> None:
+    site = open_site()
+    site.send("w", "new")
+    site.say("w", "pay")
+    [wait] = site.header("w")["waits"]
+    forged = snapshot.amend(site.state()[b"w"], (), calls=calls, waits=[wait | {"kind": "job", "queue": "q"}])
+    left_out: list[str] = []
+    found = _OpenCalls(site.config)
+    found.see({b"w": forged})
+    assert list(found.found({}, left_out)) == []
+    assert left_out == ["the call w|1:1 is no longer in q: its workflow waits for it until its timeout"]
 
 
 @pytest.mark.parametrize(("before", "after", "why"), [

@@ -102,7 +102,7 @@ class _OpenCalls:
         for key, value in state.items():
             if not key.startswith(b"\0") and b'"job"' in value:
                 header = header_of(value)
-                kept = {call.ref: call for call in msgspec.convert(header.get("calls", []), list[Dispatch])}
+                kept = {call.ref: call for call in _calls_of(header)}
                 for wait in header["waits"]:
                     if wait["kind"] == "job":
                         own = kept.get(wait["ref"])
@@ -115,6 +115,14 @@ class _OpenCalls:
                     wanted[record.key] = Call(queue, call)
             yield from (call for call in wanted.values() if call is not None)
             left_out += [f"the call {key.decode()} is no longer in {queue}: its workflow waits for it until its timeout" for key, call in wanted.items() if call is None]
+
+
+def _calls_of(header: dict[str, Any]) -> list[Dispatch]:
+    """The calls that a header has, none if it was forged."""
+    try:
+        return msgspec.convert(header.get("calls", []), list[Dispatch])
+    except (msgspec.ValidationError, RecursionError):
+        return []
 
 
 def _read(config: Config, record: Any) -> Dispatch | None:
