@@ -10,14 +10,16 @@ from tests.waiting import until
 
 VIEWS = 150
 WRITER = """
-import os, pathlib, sys
+import os, pathlib, sys, time
 from kwflow.runners import rocks
 
-db = rocks.opened(pathlib.Path(sys.argv[1]), 1)  # tables of 64 KB: a log is deleted every few ms
+db = rocks.opened(pathlib.Path(sys.argv[1]), 1)  # tables of 64 KB: a log is deleted every 20 ms or so
 number = 0
 while True:
     db[b"a%04d" % (number % 1000)] = b"%d " % number + os.urandom(1000)
     number += 1
+    if number % 4 == 0:
+        time.sleep(0.001)  # an engine that writes without a pause would leave no moment for a view
 """
 
 

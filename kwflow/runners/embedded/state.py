@@ -47,14 +47,14 @@ def read_only(directory: Path, imports: bool = False) -> Rdict:
     # 3. The view has what was written last, and lacks what was written before: a backup would be without some of the workflows.
     give_up = time.monotonic() + _VIEW_S
     while True:
-        logs = _logs(directory)
+        logs, tables = _logs(directory), _tables(directory)
         try:
             with failing(directory):
                 db = Rdict(str(directory), Options(raw_mode=True), access_type=AccessType.read_only())
         except TransportError:
-            if logs <= _logs(directory) or time.monotonic() > give_up:
+            if tables == _tables(directory) or time.monotonic() > give_up:
                 raise
-            continue  # a table was deleted before it was opened
+            continue  # one was merged into another, and deleted before it was opened
         if logs <= _logs(directory):
             break
         db.close()
@@ -63,6 +63,15 @@ def read_only(directory: Path, imports: bool = False) -> Rdict:
     if not imports:
         check_imported(db, directory)
     return db
+
+
+def _tables(directory: Path) -> tuple[str, int]:
+    """What changes with each change of the tables: the name and the size of the manifest that lists them."""
+    try:
+        name = (directory / "CURRENT").read_text().strip()
+        return name, (directory / name).stat().st_size
+    except OSError:  # between the old manifest and the new one, or lost
+        return "", 0
 
 
 def check_imported(db: Rdict, directory: Path) -> None:
