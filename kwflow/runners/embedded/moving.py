@@ -28,6 +28,7 @@ __all__ = ["bring", "take"]
 _OWN = {FORGOTTEN, MOVES, timers.COUNT}  # made anew where the state goes
 _WRITTEN_MAX = 1000  # parts in one write
 _NAMED_MAX = 3
+_CREATED = ("IDENTITY", "LOCK", "LOG", "MANIFEST-", "OPTIONS-", "engine.pid", "00000")  # files of a database that has nothing yet
 
 
 def take(config: Config, directory: Path, path: Path) -> tuple[dict[str, int], list[str]]:
@@ -83,7 +84,7 @@ def _check_free(directory: Path) -> None:
         with contextlib.closing(read_only(directory, imports=True)) as db:
             if _is_free(db):
                 return
-    elif not (files := list(directory.iterdir())) or (directory / "LOCK").exists() and not any(path.suffix in (".sst", ".log") for path in files):
+    elif all(path.name.startswith(_CREATED) and path.suffix not in (".log", ".sst") for path in directory.iterdir()):
         return  # nothing, or a database whose creation was interrupted
     raise UsageError(f"{directory} is not empty; an archive becomes a new directory, with nothing else in it")
 

@@ -34,7 +34,7 @@ from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.environment import made
 from kwflow.runners.kafka.link import latest, read
 from kwflow.runners.kafka.state import IMPORT, POSITION, Position, importing, position_of
-from kwflow.runners.kafka.upkeep import chunks, following, groups_of, still_standing
+from kwflow.runners.kafka.upkeep import chunks, following, groups_of, nothing_ran_since
 from kwflow.runners.moved import MOVES, Due, home_of, moves_of
 
 __all__ = ["bring", "take"]
@@ -54,7 +54,7 @@ def take(config: Config, path: Path) -> tuple[dict[str, int], list[str]]:
     admin = topics.admin(config)
     there = topics.partitions_of(admin, config)
     _check_topics(config, there)
-    check_still = still_standing(admin, config, there)
+    check_nothing_ran = nothing_ran_since(admin, config, there)
     left_out: list[str] = []
     moved = [0]
 
@@ -76,7 +76,7 @@ def take(config: Config, path: Path) -> tuple[dict[str, int], list[str]]:
 
     counts = archive.write(path, config, made(), lambda: max(moved), time.time_ns() // 1_000_000)
     try:
-        check_still()
+        check_nothing_ran()
     except UsageError as error:
         path.unlink()
         raise UsageError(f"{error}; the archive was removed, as it may be neither the state before nor the state after that") from None
@@ -153,14 +153,14 @@ def bring(config: Config, path: Path) -> dict[str, int]:
     wrong = topics.problems(admin, config, found.queues, list(groups_of(config)))
     if wrong:
         raise UsageError("; ".join(wrong))
-    check_still = still_standing(admin, config, there)
+    check_nothing_ran = nothing_ran_since(admin, config, there)
     target = _Target(config, admin, there, found)
     try:
         target.fence()
         positions = {changelog: _positions(config, admin, group, source, changelog, there[source], found.id) for group, (source, changelog) in groups_of(config).items()}
         target.begin(positions)
         try:
-            check_still()  # whatever starts from here on finds the mark
+            check_nothing_ran()  # whatever starts from here on finds the mark
         except UsageError as error:
             raise UsageError(f"{error}; stop every engine and scheduler of {config.application_id}, and import again") from None
         read = archive.parts(path, config)
@@ -170,7 +170,7 @@ def bring(config: Config, path: Path) -> dict[str, int]:
         target.end(positions)
     except KafkaException as error:
         target.abandon()
-        again = "no engine starts until the same kwflow import has ended"
+        again = "no engine starts until the same kwflow import has ended, or kwflow reset has emptied it"
         raise TransportError(f"{path} could not be imported: {target.refused or error.args[0].str()}; {again}", retryable=False) from None
     return found.counts
 

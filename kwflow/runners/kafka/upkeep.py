@@ -31,7 +31,7 @@ from kwflow.runners.kafka.link import latest, read
 from kwflow.runners.kafka.state import POSITION, Position, importing, position_of
 from kwflow.runners.moved import MOVES, home_of, moves_of
 
-__all__ = ["chunks", "following", "groups_of", "marked", "migrate", "reencrypt", "reset", "reset_plan", "standing_still", "still_standing"]
+__all__ = ["chunks", "following", "groups_of", "marked", "migrate", "reencrypt", "reset", "reset_plan", "standing_still", "nothing_ran_since"]
 
 _TIMEOUT_S = 30
 _ANSWER_S = 6  # for one request about a group: the library may lose it, on a new cluster above all, and the next one is answered
@@ -66,7 +66,7 @@ def standing_still(admin: AdminClient, config: Config) -> None:
         time.sleep(0.5)
 
 
-def still_standing(admin: AdminClient, config: Config, there: Mapping[str, int]) -> Callable[[], None]:
+def nothing_ran_since(admin: AdminClient, config: Config, there: Mapping[str, int]) -> Callable[[], None]:
     """Wait until nothing runs.  The function that is returned raises UsageError if anything has run since then, even if it has ended."""
     standing_still(admin, config)
     owners = config.owners_topic  # whatever takes a partition writes its name to it first
