@@ -6,7 +6,7 @@ checked where it is decoded (`snapshot.py`), and nobody checks them again.  Entr
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -118,7 +118,7 @@ class _Header(msgspec.Struct):
     updates: dict[str, _Open] = {}
     heartbeats: dict[str, Heartbeat] = {}
     trace: dict[str, str] = {}
-    moves: int = 0
+    moves: Annotated[int, msgspec.Meta(ge=0, lt=100_000)] = 0
 
 
 def check(header: Any) -> dict[str, Any]:

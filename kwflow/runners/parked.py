@@ -182,10 +182,10 @@ def _in_order(held: Record, record: Record) -> Record:
     2. When it is retried, that record is applied: the instance has applied everything up to the offset 5000.
     3. The log has got to offset 10, and whatever comes up to 5000 would be taken for repeated.
 
-    So one of an earlier log gets a partition that no log has, and its place as offset.
+    So one of an earlier log gets a partition that no log has, and its place as offset; so does one whose place is not its offset, as one of another log is before it.
     """
     place = held.place if isinstance(held, _Held) else held.offset
-    if held.partition != record.partition or held.offset == place <= record.offset:
+    if held.offset == place and (held.partition != record.partition or place <= record.offset):
         return held
     return msgspec.structs.replace(held, partition=-1 - held.partition, offset=place)
 
