@@ -172,6 +172,5 @@ def _closing(settings: Config, identity: str, letter: Record, again: bool) -> Gr
     elif again:
         headers = tuple(pair for pair in letter.headers if not pair[0].startswith("kwflow-error-") and pair[0] not in ADDRESS)
         first = () if any(name == _FIRST and value for name, value in headers) else ((_FIRST, str(letter.timestamp_ms).encode()),)
-        topic = settings.scheduler_topic if note_of(letter, "topic") == settings.scheduler_topic else settings.resume_topic  # which may have had another name
-        records.insert(0, Output(topic, letter.key, letter.value, (*headers, *first)))
+        records.insert(0, Output(note_of(letter, "topic") or settings.resume_topic, letter.key, letter.value, (*headers, *first)))
     return Group(tuple(records), mark)

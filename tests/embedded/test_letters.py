@@ -15,12 +15,13 @@ from kwflow.core.contract import Workflows
 from kwflow.core.wire import Output, Record
 from kwflow.runners.embedded import socket
 from kwflow.runners.embedded.engine import Embedded
-from kwflow.runners.embedded.socket import serve, submit_all
+from kwflow.runners.embedded.socket import serve, submit, submit_all
 from kwflow.runners.embedded.state import EmbeddedStore
 from kwflow.runners.groups import Group, Mark
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.parked import remnant
 from kwflow.runners.timers import TimerProcessor
+from tests.embedded.shell import Shell
 from tests.simulation.faults import Crashed
 from tests.simulation.test_embedded import Dying
 
@@ -351,3 +352,11 @@ def test_one_entry_that_is_damaged_hides_none_of_the_others(office: Office) -> N
     kwflow(office.directory, "resume", "damaged", "r")
     office.run()
     assert "CorruptSnapshotError" in office("list")
+
+
+def test_a_letter_of_a_queue_is_sent_to_that_queue_again(shell: Shell) -> None:
+    """G3, M6.6: a worker could not read it, and no engine can; a key of encryption was missing, say."""
+    said = (("kwflow-error-reason", b"bad-job"), ("kwflow-error-topic", b"payments"))
+    submit(shell.directory, Config().dead_letter_topic, b"w|1:1", b"{}", said)
+    assert "0:0: sent again" in shell("dead-letters", "retry", "--all")
+    assert [line.split(maxsplit=1)[1] for line in shell.records("payments")] == ["w|1:1 {}"]
