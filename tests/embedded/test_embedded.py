@@ -16,7 +16,7 @@ import pytest
 from kwflow.errors import TransportError
 from kwflow.runners.embedded import socket as engine_socket
 from kwflow.runners.embedded.engine import Embedded
-from kwflow.runners.embedded.socket import Follower, serve
+from kwflow.runners.embedded.socket import Follower, _follow, serve
 from tests.embedded.shell import ROOT, TRIP, Shell
 
 
@@ -282,3 +282,15 @@ def test_a_full_disk_is_no_record_s_fault_and_is_told_to_everybody(shell: Shell,
     assert engine.stderr is not None
     engine.kill()
     assert "Traceback" not in engine.stderr.read()
+
+
+def test_what_an_engine_wrote_before_it_stops_serving_is_sent_to_its_followers(tmp_path: pathlib.Path) -> None:
+    """`kwflow run` ends with the step whose sender waits for a reply: it waited for 20 s, and was told that perhaps no engine runs."""
+    held, stopped = Embedded(tmp_path, sync=False), threading.Event()
+    held.append("replies", b"k", b"the last one")
+    stopped.set()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        _follow(held, ours, {"replies": 0}, stopped)
+        assert b'"offset":0' in theirs.recv(10_000)
+    held.close()

@@ -111,10 +111,11 @@ def _answer(engine: Embedded, connection: socket.socket, stopped: threading.Even
 
 
 def _follow(engine: Embedded, connection: socket.socket, positions: dict[str, int], stopped: threading.Event) -> None:
-    """Send records until either side goes away."""
-    seen, sign_at = -1, 0.0
-    while not stopped.is_set():
-        seen = engine.wait_written(seen, _SIGN_S)
+    """Send records until either side goes away; what was written before this one does is sent."""
+    seen, sign_at, last = -1, 0.0, False
+    while not last:
+        last = stopped.is_set()
+        seen = engine.wait_written(seen, 0 if last else _SIGN_S)
         lines: list[bytes] = []
         for topic, position in positions.items():
             records = engine.read(topic, position, _FOLLOWED_MAX)
