@@ -31,7 +31,6 @@ SOURCE = """
 import kwflow as kw
 from tests.embedded.test_archive import archive_case_pay
 
-@kw.workflow(checkpoints=5)
 def main(o):
     seen = []
     note = lambda text: seen.append(text)
@@ -45,6 +44,8 @@ def main(o):
             lock = __import__("threading").Lock()
             yield kw.suspend("r")
     return seen
+
+main.kwflow_checkpoints = 5
 """
 KEY, OTHER = "k" * 32, "o" * 32
 

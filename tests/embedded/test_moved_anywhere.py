@@ -16,7 +16,6 @@ SOURCE = """
 import kwflow as kw
 from tests.embedded.test_archive import archive_case_pay
 
-@kw.workflow(checkpoints=3)
 def main(o):
     seen = []
     said = kw.signals("say")
@@ -39,6 +38,8 @@ def main(o):
             del lock
         if got == "child":
             kw.start_child("main", None, id=f"{kw.workflow_id()}-{len(seen)}")
+
+main.kwflow_checkpoints = 3
 """
 SAID = ("x", "pay", "sleep", "lock", "child", "end")
 MADE_ANEW = (b"moves", b"code", b"ended")
