@@ -139,5 +139,5 @@ def calls_of(header: dict[str, Any]) -> dict[str, Dispatch]:
     """Return the calls that the header has, by ref: those in queues, and in a checkpoint those of all activities.  Raises SnapshotError."""
     try:
         return {call.ref: call for call in msgspec.convert(header.get("calls", []), list[Dispatch])}
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, RecursionError) as error:
         raise SnapshotError(f"the header of a snapshot is invalid: {error}") from None

@@ -23,9 +23,10 @@ from kwflow.core import dispatch, queues, timers
 from kwflow.core.dispatch import Dispatch
 from kwflow.core.murmur2 import partition_of
 from kwflow.core.wire import Headers
-from kwflow.errors import ProtocolError, TransportError, UsageError
+from kwflow.errors import ProtocolError, SnapshotError, TransportError, UsageError
 from kwflow.runners import archive
 from kwflow.runners.archive import CODE, LETTERS, RESUME, SCHEDULER, STATE, TIMERS, Call, Entry, Head, Part, Sent, Tail
+from kwflow.runners.checkpoints import calls_of
 from kwflow.runners.code import WRITTEN
 from kwflow.runners.ended import FORGOTTEN
 from kwflow.runners.instances import header_of
@@ -34,7 +35,7 @@ from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.environment import made
 from kwflow.runners.kafka.link import latest, read
 from kwflow.runners.kafka.state import IMPORT, POSITION, Position, importing, position_of
-from kwflow.runners.kafka.upkeep import chunks, following, groups_of, nothing_ran_since
+from kwflow.runners.kafka.upkeep import check_whole, chunks, following, groups_of, nothing_ran_since
 from kwflow.runners.moved import MOVES, Due, home_of, moves_of
 
 __all__ = ["bring", "take"]
@@ -62,8 +63,7 @@ def take(config: Config, path: Path) -> tuple[dict[str, int], list[str]]:
         open_calls = _OpenCalls(config)
         for number in range(there[config.changelog_topic]):
             state = latest(config, config.changelog_topic, number)  # one partition in memory
-            if importing(state.get(POSITION), f"{config.changelog_topic}[{number}]") is not None:
-                raise UsageError(f"an archive was imported into {config.application_id} only in part; finish that first")
+            check_whole(config, state, f"{config.changelog_topic}[{number}]")
             moved.append(moves_of(state.get(MOVES)))
             open_calls.see(state)
             yield from archive.entries(STATE, state.items(), _OWN, left_out)
@@ -102,7 +102,10 @@ class _OpenCalls:
         for key, value in state.items():
             if not key.startswith(b"\0") and b'"job"' in value:
                 header = header_of(value)
-                kept = {call.ref: call for call in _calls_of(header)}
+                try:
+                    kept = calls_of(header)
+                except SnapshotError:  # it was forged
+                    kept = {}
                 for wait in header["waits"]:
                     if wait["kind"] == "job":
                         own = kept.get(wait["ref"])
@@ -115,14 +118,6 @@ class _OpenCalls:
                     wanted[record.key] = Call(queue, call)
             yield from (call for call in wanted.values() if call is not None)
             left_out += [f"the call {key.decode()} is no longer in {queue}: its workflow waits for it until its timeout" for key, call in wanted.items() if call is None]
-
-
-def _calls_of(header: dict[str, Any]) -> list[Dispatch]:
-    """The calls that a header has, none if it was forged."""
-    try:
-        return msgspec.convert(header.get("calls", []), list[Dispatch])
-    except (msgspec.ValidationError, RecursionError):
-        return []
 
 
 def _read(config: Config, record: Any) -> Dispatch | None:

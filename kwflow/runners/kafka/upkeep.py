@@ -29,9 +29,9 @@ from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.environment import made
 from kwflow.runners.kafka.link import latest, read
 from kwflow.runners.kafka.state import POSITION, Position, importing, position_of
-from kwflow.runners.moved import MOVES, home_of, moves_of
+from kwflow.runners.moved import MOVES, Due, home_of, moves_of
 
-__all__ = ["chunks", "following", "groups_of", "marked", "migrate", "reencrypt", "reset", "reset_plan", "standing_still", "nothing_ran_since"]
+__all__ = ["check_whole", "chunks", "following", "groups_of", "marked", "migrate", "reencrypt", "reset", "reset_plan", "standing_still", "nothing_ran_since"]
 
 _TIMEOUT_S = 30
 _ANSWER_S = 6  # for one request about a group: the library may lose it, on a new cluster above all, and the next one is answered
@@ -126,6 +126,12 @@ def following(config: Config, admin: AdminClient, group: str, topic: str, change
         known = marked(latest(config, changelog, number), incarnation, f"{changelog}[{number}]")
         found[number] = begins[number] if known is None else max(begins[number], known)
     return found
+
+
+def check_whole(config: Config, state: dict[bytes, bytes], where: str) -> None:
+    """Raises UsageError if an import into this state has not ended."""
+    if importing(state.get(POSITION), where) is not None:
+        raise UsageError(f"an archive was imported into {config.application_id} only in part; finish that first")
 
 
 def marked(state: dict[bytes, bytes], incarnation: str, where: str) -> int | None:
@@ -224,9 +230,7 @@ def migrate(config: Config, partitions: int, say: Callable[[str], None]) -> None
         if there[source] > partitions:
             raise UsageError(f"{source} has {there[source]} partitions; Kafka can only add partitions, not remove them; fewer are possible with kwflow export and kwflow import")
         for number in range(there[changelog]):
-            state = latest(config, changelog, number, lambda key, value: value if key == POSITION else None)
-            if importing(state.get(POSITION), f"{changelog}[{number}]") is not None:
-                raise UsageError(f"an archive was imported into {config.application_id} only in part; finish that first")
+            check_whole(config, latest(config, changelog, number, lambda key, value: value if key == POSITION else None), f"{changelog}[{number}]")
         _applied(config, admin, group, source, changelog, there[source])
     for group, (source, changelog) in groups_of(config).items():
         more = [NewPartitions(topic, partitions) for topic in (source, changelog) if there[topic] < partitions]
@@ -276,8 +280,10 @@ def _move(config: Config, admin: AdminClient, group: str, source: str, changelog
         for key in written.keys() - state.keys():  # the partition to which an instance moved must know that the instance's code is stored
             put(written[key], key, number)
         if source == config.scheduler_topic:
-            due = sorted(key for key in state if key.startswith(timers.DUE))
-            put(b"%d %s" % (len(due), due[0]) if due else None, timers.COUNT, number)
+            due = Due()
+            for key in state:
+                due.see(key)
+            put(due.entry, timers.COUNT, number)
         else:
             put(b"%d" % moves, MOVES, number)
             put(None, FORGOTTEN, number)  # entries that moved here may expire sooner: the first one is looked up anew
