@@ -225,14 +225,18 @@ class _Code:
             states = [(place[1], entry) for place, entry in entries if place[0] == self.world.config.changelog_topic and not (entry.key or b"").startswith(b"\0")]
             if not results and not states:
                 continue
-            for place, entry in entries:
-                if (of := of_checkpoint(entry.key or b"")) is not None and entry.value is not None:
-                    self.bodies[place[1], of].add(snapshot.split(entry.value)[1])
             now = self.world.release_of(transaction)
+            kept = [((place[1], of), entry.value) for place, entry in entries if (of := of_checkpoint(entry.key or b"")) is not None and entry.value is not None]
             headers = {(number, entry.key or b""): snapshot.split(entry.value)[0] for number, entry in states if entry.value is not None}
             made = {key: header for key, header in headers.items() if "forked" in header and self.saved.get(key, ({}, b""))[0].get("start_id") != header["start_id"]}
+            for key, value in kept:
+                if key not in made:
+                    self._checkpoint(now.code, key, value)
             for key in made:
                 self._copied(key, made)
+            for key, value in kept:
+                if key in made:
+                    self._checkpoint(now.code, key, value)
             for entry in results:
                 self._result(_json(entry), entry.key or b"", now)
             for number, entry in states:
@@ -245,6 +249,16 @@ class _Code:
     def _goes_on_in(self, before: Release | None, now: Release) -> Release:
         return now if before is None or before.main == now.main else before
 
+    def _checkpoint(self, now: Release, key: tuple[int, bytes], data: bytes) -> None:
+        """What is kept to go back to: of an instance that began and ended in one transaction, the only snapshot that names its code."""
+        header, body = snapshot.split(data)
+        self.bodies[key].add(body)
+        if NAME in header["code"]:
+            runs = self.known[header["code"][NAME]["version"]]
+            if runs not in {self._goes_on_in(self.runs.get(key), now), now, *self.ever[key]} and not self._may_be_moved(key[1]):
+                raise Failed(f"G10: a checkpoint of {key} is saved on {runs}, not on one of {[now, self.runs.get(key), *self.ever[key]]}")
+            self.ever[key].add(runs)
+
     def _snapshot(self, transaction: Transaction, now: Release, number: int, entry: Entry) -> None:
         key = (number, entry.key or b"")
         gone: dict[str, Any] = {"status": "gone"}
@@ -255,7 +269,7 @@ class _Code:
             raise Failed(f"G10: {key} is saved on code that is not stored: {missing}; {transaction.producer} at {transaction.decided_ms:.1f}")
         before, before_body = self.saved.get(key, ({}, b""))
         alive = header["status"] not in ("gone", "ended")
-        if alive and before.get("lowering", 0) > now.lowering and body not in {before_body, *self.bodies[key]}:
+        if alive and before.get("lowering", 0) > now.lowering and body not in {before_body, *self.bodies[key]} and not self._went_back(before, header):
             raise Failed(f"G7: {key} was saved by a newer kwflow, and an older one went on with it; {transaction.producer} at {transaction.decided_ms:.1f}")
         self.saved[key] = header, body
         if self.world.checkpoints:
@@ -279,6 +293,13 @@ class _Code:
         self.runs[key] = runs
         if self.world.checkpoints:
             self.ever[key].add(runs)
+
+    def _went_back(self, before: dict[str, Any], header: dict[str, Any]) -> bool:
+        """Whether an instance was put back in the transaction that saved this header: it may have gone on then, from what an older kwflow had saved."""
+        new = {id: answer for id, answer in header.get("ids", {}).items() if id not in before.get("ids", {})}
+        if went_back := any(id.startswith("rewind-") and answer[0] == "ok" for id, answer in new.items()):
+            self.world.happened["went on in an older kwflow after going back"] += 1
+        return went_back
 
     def _copied(self, key: tuple[int, bytes], made: dict[tuple[int, bytes], dict[str, Any]]) -> None:
         """A copy made in this transaction, even of another copy, was before it what its original was; an original that began in it was nothing."""
