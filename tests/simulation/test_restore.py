@@ -9,9 +9,11 @@ import pytest
 from confluent_kafka import OFFSET_INVALID, KafkaError
 
 from kwflow.config import Config
+from kwflow.core import snapshot
 from kwflow.errors import TransportError
 from kwflow.runners.kafka.encryption import Encryption
-from kwflow.runners.kafka.state import MOVED, PartitionStore, Restore, agreed
+from kwflow.runners.kafka.state import MOVED, PartitionStore, Position, Restore, agreed, position_of
+from kwflow.runners.moved import moves_in
 from kwflow.testing.kafka import Disk, Refused, SimulatedEnvironment
 from kwflow.testing.kafka.log import Partition, Place
 from tests.simulation.test_found import Lab, turn
@@ -269,14 +271,14 @@ def test_a_restore_goes_on_after_trouble_that_passes_and_ends_the_engine_after_o
 def test_group_and_state_have_to_agree_on_the_offset(saved: int | None, committed: int, found: int | None) -> None:
     """K16: group offsets expire after seven days, so the state has an offset of its own."""
     state = None if saved is None else json.dumps({"topic": "t", "next": saved, "partitions": 2}).encode()
-    assert agreed(state, committed, "t", 2, "in[0]") == found
+    assert agreed(position_of(state, "in[0]"), committed, "t", 2, "in[0]") == found
 
 
 @pytest.mark.parametrize(("incarnation", "partitions"), [("other", 2), ("t", 3)])
 def test_a_state_of_another_topic_or_another_number_of_partitions_is_refused(incarnation: str, partitions: int) -> None:
     """K16."""
     with pytest.raises(TransportError, match="was recreated or its partitions changed") as refused:
-        agreed(b'{"topic": "t", "next": 7, "partitions": 2}', 7, incarnation, partitions, "in[0]")
+        agreed(Position("t", 7, 2), 7, incarnation, partitions, "in[0]")
     assert not refused.value.retryable
 
 
@@ -284,7 +286,7 @@ def test_a_state_of_another_topic_or_another_number_of_partitions_is_refused(inc
 def test_a_position_that_nobody_can_read_is_refused_and_not_guessed(saved: bytes) -> None:
     """K16: it was damaged, or forged."""
     with pytest.raises(TransportError, match=r"in\[0\]: the position in its changelog cannot be read .* --accept-offset-reset") as refused:
-        agreed(saved, 7, "t", 2, "in[0]")
+        position_of(saved, "in[0]")
     assert not refused.value.retryable
 
 
@@ -344,6 +346,66 @@ def made_again(lab: Lab) -> None:
     if "found-state-changelog" in lab.broker.topics:
         lab.broker.delete("found-state-changelog")
     lab.broker.create("found-state-changelog", 1, {"cleanup.policy": "compact"})
+
+
+def test_a_partition_whose_topic_was_created_again_counts_that_so_that_a_new_run_repeats_no_key_of_an_earlier_one(lab: Lab) -> None:
+    """0064: what calls an activity has the offset in its idempotency key, and offsets begin anew. The count is in the first transaction, whichever that is."""
+    lab.send("workflow-resume", "w", "new:{}", **{"kwflow-workflow": "late"})
+    first = lab.engine("one")
+    turn(first, lambda: first.owned and first.owned[0].position == 1)
+    lab.send("workflow-resume", "w", "{}", **{"kwflow-op": "terminate"})
+    turn(first, lambda: first.owned[0].position == 2)
+    first.run(lambda: True)
+    partitions = len(lab.broker.topics["workflow-resume"].partitions)
+    for again in (1, 2):
+        lab.broker.delete("workflow-resume")
+        lab.broker.create("workflow-resume", partitions)
+        with pytest.raises(TransportError, match="its topic was recreated"):
+            refused = lab.engine(f"refused{again}")
+            turn(refused, lambda: refused.owned)
+        lab.kill(refused, f"refused{again}")
+        engine = lab.engine(f"accepts{again}", accept_offset_reset=True)
+        turn(engine, lambda: engine.owned, 2000)
+        assert moves_in(engine.owned[0].store) == again - 1, "nothing was committed yet"
+        lab.send("workflow-resume", "w", "new:{}", **{"kwflow-workflow": "late"})
+        turn(engine, lambda: engine.owned[0].position == 1)
+        assert moves_in(engine.owned[0].store) == again
+        assert waits_of(engine.owned[0].store, b"w") == ["never", f"0:{again}000001"]
+        lab.send("workflow-resume", "w", "{}", **{"kwflow-op": "terminate"})
+        turn(engine, lambda: engine.owned[0].position == 2)
+        assert moves_in(engine.owned[0].store) == again
+        engine.run(lambda: True)
+    last = lab.engine("last", accept_offset_reset=True)
+    turn(last, lambda: last.owned, 2000)
+    lab.send("workflow-resume", "w", "new:{}", **{"kwflow-workflow": "late"})
+    turn(last, lambda: last.owned[0].position == 3)
+    assert waits_of(last.owned[0].store, b"w") == ["never", "2:2000001"], "the topic is the same as before"
+
+
+def waits_of(store: PartitionStore, id: bytes) -> list[str]:
+    return [wait["ref"] for wait in snapshot.split(store.get(id) or b"")[0]["waits"]]
+
+
+def test_a_position_that_nobody_can_read_is_passed_over_once_that_is_accepted(lab: Lab) -> None:
+    """K16: the error names the option."""
+    lab.send("workflow-resume", "w", "new:{}")
+    first = lab.engine("one")
+    turn(first, lambda: first.owned and first.owned[0].position == 1)
+    first.run(lambda: True)
+    lab.send(CHANGELOG, "\0kwflow", "rubbish")
+    second = lab.engine("two")
+    with pytest.raises(TransportError, match=r"workflow-resume\[0\]: the position in its changelog cannot be read .* --accept-offset-reset") as refused:
+        turn(second, lambda: second.owned, 2000)
+    assert not refused.value.retryable
+    lab.kill(second, "two")
+    third = lab.engine("three", accept_offset_reset=True)
+    turn(third, lambda: third.owned, 2000)
+    assert third.owned[0].position == 1
+    lab.send("workflow-resume", "v", "new:{}")
+    turn(third, lambda: third.owned[0].position == 2)
+    third.run(lambda: True)
+    fourth = lab.engine("four")
+    turn(fourth, lambda: fourth.owned, 2000)
 
 
 def test_an_engine_without_any_offset_begins_where_the_log_does(lab: Lab) -> None:

@@ -178,11 +178,11 @@ def _positions(config: Config, admin: AdminClient, group: str, source: str, chan
     for number in range(partitions):
         where = f"{changelog}[{number}]"
         state = latest(config, changelog, number, lambda key, value: value if key == POSITION else b"-" if home_of(key) is not None else None)
-        begun = importing(state.get(POSITION), where)
+        known = position_of(state.get(POSITION), where)
+        begun = importing(known)
         if begun != archived and (begun is not None or any(key != POSITION for key in state)):
             what = "another archive was imported into it only in part" if begun is not None else f"it has state in {where}"
             raise UsageError(f"{config.application_id} cannot take an archive: {what}; import into an application of another --application-id, or run kwflow reset")
-        known = position_of(state.get(POSITION), where)
         found.append(Position(incarnation, known.next if begun is not None and known is not None else places[number], partitions))
     return found
 

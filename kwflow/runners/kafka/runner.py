@@ -328,7 +328,7 @@ class KafkaRunner:
             by_partition.setdefault(record.partition, []).append(record)
         budget = Budget(self._bytes_max, self.config.batch_ms_max, self.clock)
         for number, mine in by_partition.items():
-            overlay = batch.overlays[number] = Overlay(self.owned[number].store)
+            overlay = batch.overlays[number] = self.owned[number].changes()
             if refused is None:
                 decisions, done[number] = self._decide(overlay, mine, budget)
             elif bare:
@@ -374,7 +374,7 @@ class KafkaRunner:
             due_ms, now_ms = partition.due_of(self.processor) if partition.caught_up else None, self.clock.now_ms()
             if due_ms is None or due_ms > now_ms:
                 continue
-            overlay = Overlay(partition.store)
+            overlay = partition.changes()
             made = self.processor.due(overlay, now_ms, _FIRED_MAX)
             if made is not None:
                 batch = Batch({partition.number: overlay}, positions={partition.number: partition.position})
@@ -395,7 +395,7 @@ class KafkaRunner:
             if partition.quiet_since is None:
                 partition.quiet_since = now
             elif now - partition.quiet_since >= _QUIET_S:
-                self._commit(Batch({partition.number: Overlay(partition.store)}, positions={partition.number: partition.reached}))
+                self._commit(Batch({partition.number: partition.changes()}, positions={partition.number: partition.reached}))
 
     # -- for those who watch ---------------------------------------------------------------------------------------
     @property

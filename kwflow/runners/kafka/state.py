@@ -26,6 +26,8 @@ from kwflow.runners.kafka.encryption import Encryption, Unread
 from kwflow.runners.kafka.environment import Consumer, Environment
 from kwflow.runners.kafka.reading import gather
 from kwflow.runners.kafka.topics import transient
+from kwflow.runners.moved import MOVES
+from kwflow.runners.overlay import Overlay
 
 __all__ = ["IMPORT", "MOVED", "POSITION", "NoStore", "Partition", "PartitionStore", "Position", "Restore", "agreed", "importing", "position_of"]
 
@@ -170,12 +172,21 @@ class Partition:
     end: int = 0  # where the consumer saw the end of the log
     reached: int = 0  # equal to `end` once everything before it was applied: between `position` and it there are only transaction markers
     quiet_since: float | None = None  # when `reached` was first seen to be greater than `position`, with no commit since
+    moves: int | None = None  # to be noted in the state by the first transaction, as the input was created again (decision 0064)
     due_ms: int | None = None  # the last result of `due_of`; looked up again once a commit has changed the store
     due_known: bool = False
+
+    def changes(self) -> Overlay:
+        """The store, to which a transaction adds its changes."""
+        overlay = Overlay(self.store)
+        if self.moves is not None:
+            overlay.put(MOVES, b"%d" % self.moves)
+        return overlay
 
     def applied(self, position: int) -> None:
         """Note that a transaction with this offset was committed."""
         self.position = position
+        self.moves = None
         self.quiet_since = None
         self.due_known = False
         del self.gathered[: bisect.bisect_left(self.gathered, position, key=_offset_of)]
@@ -302,18 +313,16 @@ def position_of(saved: bytes | None, where: str) -> Position | None:
         raise TransportError(f"{where}: the position in its changelog cannot be read ({error}); --accept-offset-reset starts at the position of the group", retryable=False) from None
 
 
-def importing(saved: bytes | None, where: str) -> str | None:
-    """The id of the archive whose import into this state has not ended; None if there is none."""
-    known = position_of(saved, where)
+def importing(known: Position | None) -> str | None:
+    """The id of the archive whose import into the state with this position has not ended; None if there is none."""
     return known.topic.removeprefix(IMPORT) if known is not None and known.topic.startswith(IMPORT) else None
 
 
-def agreed(saved: bytes | None, committed: int, incarnation: str, partitions: int, where: str) -> int | None:
+def agreed(known: Position | None, committed: int, incarnation: str, partitions: int, where: str) -> int | None:
     """The offset on which the group and the state agree (K16); None if neither has one; MOVED if they differ.
 
-    Raises TransportError if the state belongs to another topic, or does not say to which.
+    Raises TransportError if the state belongs to another topic.
     """
-    known = position_of(saved, where)
     if known is not None and (known.topic, known.partitions) != (incarnation, partitions):
         raise TransportError(
             f"{where}: its topic was recreated or its partitions changed since this state was written; --accept-offset-reset starts anyway. If it is the wrong topic, correct its setting",

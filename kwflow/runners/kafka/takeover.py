@@ -24,7 +24,8 @@ from kwflow.runners.kafka.member import END_WAIT_MS, TRANSACTION_S, Member, agai
 from kwflow.runners.kafka.orphans import Orphans
 from kwflow.runners.kafka.owners import Owner, Owners
 from kwflow.runners.kafka.standby import Cleanup, Copies, Standby
-from kwflow.runners.kafka.state import MOVED, POSITION, NoStore, Partition, PartitionStore, Restore, agreed, importing
+from kwflow.runners.kafka.state import MOVED, POSITION, NoStore, Partition, PartitionStore, Position, Restore, agreed, importing, position_of
+from kwflow.runners.moved import moves_in
 
 __all__ = ["Takeover"]
 
@@ -353,9 +354,10 @@ class Takeover:
         for number in numbers:
             (restore, committed), where, begin, end = self.restoring[number], f"{self._topic}[{number}]", begins[number], ends[number]
             store = restore.store
-            if importing(store.get(POSITION), where) is not None:
+            known = self._position_of(store, where)
+            if importing(known) is not None:
                 raise TransportError(f"{where}: an archive was imported only in part; finish it with the same kwflow import, or begin anew with kwflow reset", retryable=False)
-            position = None if member.config.accept_offset_reset else agreed(store.get(POSITION), committed, member.incarnation, member.partitions, where)
+            position = None if member.config.accept_offset_reset else agreed(known, committed, member.incarnation, member.partitions, where)
             if position == MOVED:
                 if self._committed([number]) == {number: committed}:
                     raise TransportError(
@@ -380,7 +382,8 @@ class Takeover:
             suspected = self._attempts.suspected_until(number)
             suspect = self._attempts.unclean or self._owner_died(number) or suspected > position
             careful = min(end, max(suspected, position + member.config.batch_records_max)) if suspect else position
-            ready[number] = Partition(number, store, position, end, careful)
+            anew = known is not None and known.topic != member.incarnation
+            ready[number] = Partition(number, store, position, end, careful, moves=moves_in(store) + 1 if anew else None)
         self._owners.announce(ready)
         for number, partition in ready.items():
             del self.restoring[number]
@@ -391,6 +394,14 @@ class Takeover:
         self._resume(ready)
         for number, partition in ready.items():
             member.on_log(f"{member.group}: owns {self._topic}[{number}] from {partition.position}")
+
+    def _position_of(self, store: PartitionStore | NoStore, where: str) -> Position | None:
+        try:
+            return position_of(store.get(POSITION), where)
+        except TransportError:
+            if not self.member.config.accept_offset_reset:
+                raise
+            return None
 
     def _resume(self, numbers: Iterable[int]) -> None:
         """Resume these partitions, and make librdkafka fetch them at once.

@@ -130,7 +130,7 @@ def following(config: Config, admin: AdminClient, group: str, topic: str, change
 
 def check_whole(config: Config, state: dict[bytes, bytes], where: str) -> None:
     """Raises UsageError if an import into this state has not ended."""
-    if importing(state.get(POSITION), where) is not None:
+    if importing(position_of(state.get(POSITION), where)) is not None:
         raise UsageError(f"an archive was imported into {config.application_id} only in part; finish that first")
 
 
