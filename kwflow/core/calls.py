@@ -28,11 +28,11 @@ from kwflow.durable.awaiting import Advance, AsyncGenerator
 from kwflow.durable.refusals import asyncio_refusal, made_durable
 from kwflow.errors import NotDurableError, UsageError
 
-__all__ = ["Calls", "timer_key"]
+__all__ = ["REFS_A_MOVE", "Calls", "timer_key"]
 
 _Wait = TypeVar("_Wait", bound=Suspension)
 _OF_A_START = ("kwflow-workflow", "kwflow-start-id")  # an author may start workflows, of this application or another one
-_REFS_A_MOVE = 1_000_000  # in one step; those after a move begin after them, so that no ref is ever that of a call before it (decision 0064)
+REFS_A_MOVE = 1_000_000  # in one step; those after a move begin after them, so that no ref is ever that of a call before it (decision 0064)
 _AHEAD_MS_MAX = 3_600_000  # K13: Kafka 4 refuses timestamps that are further ahead
 
 
@@ -166,7 +166,7 @@ class Calls:
         return wait
 
     def next_id(self) -> str:
-        first = self.instance.extra.get("moves", 0) * _REFS_A_MOVE
+        first = self.instance.extra.get("moves", 0) * REFS_A_MOVE
         while True:
             self._ids += 1
             ref = f"{self.record.offset}:{first + self._ids}"

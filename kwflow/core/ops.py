@@ -13,12 +13,14 @@ import msgspec
 
 from kwflow.core import children, messages, outcomes, queues, wire
 from kwflow.core.calls import timer_key
-from kwflow.core.contract import Topics
+from kwflow.core.contract import Context, Topics
 from kwflow.core.dispatch import Dispatch, Withdraw
 from kwflow.core.values import json_dumps
 from kwflow.core.wire import Address, Output, Record, Reply
 
-__all__ = ["Closing", "Rewound", "details_of", "forget_heartbeats", "fork", "heartbeats", "heartbeats_of", "identity", "moves", "rewind", "seen", "terminate", "unforkable"]
+__all__ = [
+    "Closing", "Rewound", "details_of", "forget_heartbeats", "fork", "heartbeats", "heartbeats_of", "identity", "moves", "place_of", "rewind", "seen", "terminate", "unforkable",
+]  # fmt: skip
 
 _SHOWN = (
     "id", "workflow", "status", "start_id", "created", "updated", "ended", "status_value", "outcome", "parked", "cancel", "client", "parent", "forked", "mailbox", "checkpoints",
@@ -151,6 +153,11 @@ def moves(header: dict[str, Any], known: int) -> int:
     return max(int(header.get("moves", 0)) + 1, known)
 
 
+def place_of(record: Record, moves: int) -> str:
+    """What tells a record from every other one of its application: `<partition>-<offset>`, and how often the state was moved, as offsets begin anew then (decision 0064)."""
+    return f"{record.partition}-{record.offset}" + (f"-{moves}" if moves else "")
+
+
 def identity(wait: dict[str, Any]) -> tuple[Any, ...]:
     """What tells a wait of one state from those of another: not its ref alone, as offsets begin anew when a topic is recreated (semantics §9.2)."""
     return wait["ref"], wait["kind"], wait["since"]
@@ -179,19 +186,22 @@ def unforkable(header: dict[str, Any], there: Collection[str] = ()) -> str | Non
 
 
 def fork(
-    header: dict[str, Any], id: str, record: Record, incarnation: str, client: str | None, topics: Topics, calls: Sequence[Dispatch]
+    header: dict[str, Any], id: str, record: Record, context: Context, client: str | None, moves: int, calls: Sequence[Dispatch]
 ) -> tuple[dict[str, Any], list[Output], list[Dispatch]]:
     """Return the header of the copy, the records that set its timers and make these calls in queues, and the other calls to make.
 
-    Nobody who waits for the original waits for the copy.
+    Nobody who waits for the original waits for the copy.  `moves`: how often what it continues from has been moved by now.
     """
-    own = {"id": id, "start_id": f"fork-{record.partition}-{record.offset}", "applied": [incarnation, record.partition, record.offset], "created": record.timestamp_ms, "updated": record.timestamp_ms}
+    applied, now_ms = [context.incarnation, record.partition, record.offset], record.timestamp_ms
+    own = {"id": id, "start_id": f"fork-{place_of(record, context.moves)}", "applied": applied, "created": now_ms, "updated": now_ms}
     made = {**{name: value for name, value in header.items() if name not in _OF_ONE_RUN}, **own, "forked": {"id": header["id"], "start_id": header["start_id"]}}
+    if moves:
+        made["moves"] = moves
     if client is not None:
         made["client"] = client
     if "updates" in header:  # the copy will answer the accepted updates, but nobody waits for these answers
         made["updates"] = {number: {"id": None, "to": []} for number in header["updates"]}
-    asked, jobs, dispatch = _asked_again(id, header["waits"], calls, record, topics)
+    asked, jobs, dispatch = _asked_again(id, header["waits"], calls, record, context.topics)
     if jobs:
         made["calls"] = jobs
     return made, asked, dispatch

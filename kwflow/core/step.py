@@ -116,7 +116,7 @@ def _start(name: str, message: wire.Start, record: Record, context: Context, bef
     options = message.options
     if workflow in context.workflows.inputs:  # before anything is done: an input that does not fit makes this a bad record
         options = typed.rebuilt_input(f"workflow {workflow!r}", context.workflows.inputs[workflow], options)
-    instance = Instance(name, workflow, f"{record.partition}-{record.offset}", record.timestamp_ms)
+    instance = Instance(name, workflow, ops.place_of(record, context.moves), record.timestamp_ms)
     if context.moves:
         instance.extra["moves"] = context.moves
     if record.headers:

@@ -35,7 +35,7 @@ __all__ = ["WorkflowBatch"]
 
 _WENT_WRONG = {"parked", "dead-letter", "held"}
 _IGNORED = ("unknown-id", "unknown-ref", "duplicate-start", "repeated")  # G3: ignored by a stated rule; each is counted, and logged in one line
-_OWN_START_ID = re.compile(r"(0|[1-9][0-9]*)-(0|[1-9][0-9]*)")  # `<partition>-<offset>`, chosen by the step if the client chose none
+_OWN_START_ID = re.compile(r"(0|[1-9][0-9]*)-(0|[1-9][0-9]*)(-[1-9][0-9]*)?")  # ops.place_of, chosen by the step if the client chose none
 
 
 class WorkflowBatch:

@@ -127,3 +127,52 @@ def test_without_a_move_nothing_is_noted() -> None:
     site.send("start")
     site.send("signal", PAY)
     assert "moves" not in site.headers()[b"w"]
+
+
+@pytest.mark.parametrize("at", [None, 1])
+def test_a_fork_does_not_repeat_refs_either(at: int | None) -> None:
+    """Decision 0064: it has called what its original had called before the move."""
+    site = Partition(CALLS + "main.kwflow_checkpoints = 9\n")
+    site.send("start")
+    first = keys_called(site.send("signal", PAY))
+    site.send("signal", PAY)
+    moved(site)
+    site.store.entries[MOVES] = b"1"
+    site.send("fork", {"id": "copy", "at": at})
+    site.send("answer", {"ref": "2:1", "value": None}, "copy")
+    [ref] = refs(site, "copy")
+    assert first == ["2:1"] and ref.startswith("2:100000")
+
+
+def test_a_fork_whose_id_the_engine_chooses_is_never_taken_for_one_of_before() -> None:
+    """G3: the reply was the earlier fork, and nothing was forked."""
+    site = Partition(CALLS)
+    site.send("start")
+    site.send("fork", {})
+    moved(site, 1)
+    site.store.entries[MOVES] = b"1"
+    assert site.send("fork", {}).counts == ("forked",)
+    assert sorted(id for id in site.headers() if id.startswith(b"w")) == [b"w", b"w/fork-2", b"w/fork-2-1000001"]
+    assert len({header["start_id"] for id, header in site.headers().items() if id.startswith(b"w")}) == 3
+
+
+def test_a_fork_under_an_id_of_before_is_refused() -> None:
+    site = Partition(CALLS)
+    site.send("start")
+    site.send("fork", {"id": "copy"})
+    moved(site, 1)
+    site.store.entries[MOVES] = b"1"
+    assert site.send("fork", {"id": "copy"}).counts == ("not-forked",)
+
+
+def test_a_run_is_not_taken_for_one_of_before_whose_offset_comes_again() -> None:
+    """Decision 0062: it would be put back to a checkpoint of the earlier one."""
+    site = Partition(CALLS + "main.kwflow_checkpoints = 9\n")
+    site.send("start")
+    site.send("signal", END)
+    moved(site)
+    site.store.entries[MOVES] = b"1"
+    site.send("start")
+    assert site.send("rewind", {"to": 0}).counts == ("not-rewound",)
+    site.send("terminate", {"reason": ""})
+    assert site.headers()[b"w"]["start_id"] == "0-1-1"

@@ -9,6 +9,7 @@ import itertools
 from typing import Any
 
 from kwflow.core import ops, snapshot, wire
+from kwflow.core.calls import REFS_A_MOVE
 from kwflow.core.murmur2 import partition_of
 from kwflow.core.step import applied_before, has_moved
 from kwflow.core.wire import Command, Record
@@ -50,7 +51,7 @@ def fork(batch: Batch, name: str, header: dict[str, Any], record: Record, comman
             return refused("rejected", why)
     except SnapshotError as error:
         return refused("rejected", str(error))
-    made, asked, dispatch = ops.fork(header, id, record, batch.context.incarnation, wire.short_header(record, "kwflow-client"), batch.context.topics, list(calls.values()))
+    made, asked, dispatch = ops.fork(header, id, record, batch.context, wire.short_header(record, "kwflow-client"), _moves(batch, header, record), list(calls.values()))
     value = {"id": id, "start_id": made["start_id"]}
     known = batch.stored(key)
     there = header_of(batch.config, id, known)
@@ -89,8 +90,8 @@ def rewind(batch: Batch, name: str, header: dict[str, Any], record: Record, comm
     made = rewound.header
     batch.keep(key, made)
     if header["status"] != "parked":
-        if header.get("applied") and has_moved(header["applied"], record, batch.context.incarnation):
-            made["moves"] = ops.moves(made, batch.context.moves)
+        if moves := _moves(batch, header, record):
+            made["moves"] = moves
         made["applied"] = [batch.context.incarnation, record.partition, record.offset]
     data = snapshot.copy(body, made, keys)
     if header["status"] == "parked":  # what it holds has lower offsets, and is still to be applied
@@ -106,6 +107,12 @@ def rewind(batch: Batch, name: str, header: dict[str, Any], record: Record, comm
     applied = drain(batch, name, record, discard=False)
     status, message = settled(batch, name)
     return done(batch, name, record, command, status, [told, *applied], message)
+
+
+def _moves(batch: Batch, header: dict[str, Any], record: Record) -> int:
+    """How often what has this header has been moved by the time of this record (decision 0064)."""
+    moved = header.get("applied") and has_moved(header["applied"], record, batch.context.incarnation)
+    return ops.moves(header, batch.context.moves) if moved else max(int(header.get("moves", 0)), batch.context.moves)
 
 
 def _state_of(batch: Batch, name: str, header: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
@@ -132,6 +139,7 @@ def _checkpoint(batch: Batch, name: str, header: dict[str, Any], number: int) ->
 
 
 def _free_id(batch: Batch, name: str, record: Record) -> str:
-    """The first generated id that belongs to this partition; the record's offset makes it unique."""
-    ids = (f"{name}/fork-{record.offset}{end}" for end in itertools.chain([""], (f"-{number}" for number in itertools.count(2))))
+    """The first generated id that belongs to this partition; the record's offset makes it unique, and after a move a number that goes on as that of refs does (decision 0064)."""
+    first = batch.context.moves * REFS_A_MOVE
+    ids = (f"{name}/fork-{record.offset}" + (f"-{number}" if number > 1 else "") for number in itertools.count(first + 1))
     return next(id for id in ids if partition_of(id.encode(), batch.partitions) == record.partition)
