@@ -177,8 +177,8 @@ class RefusesTheWholeBatch(KafkaRunner):
 def _outputs_stamped_with_now() -> contextlib.AbstractContextManager[Any]:
     produce = Transactions._produce
 
-    def now(transactions: Transactions, reports: Any, topic: str, key: bytes | None, value: bytes | None, headers: Any = (), timestamp_ms: int | None = None, partition: int | None = None) -> None:
-        produce(transactions, reports, topic, key, value, headers, None, partition)
+    def now(transactions: Transactions, reports: Any, topic: str, value: bytes | None, key: bytes | None, partition: int | None, report: Any, headers: Any = (), _at: Any = None) -> None:
+        produce(transactions, reports, topic, value, key, partition, report, headers)
 
     return mock.patch.object(Transactions, "_produce", now)
 

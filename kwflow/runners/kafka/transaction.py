@@ -28,6 +28,8 @@ from kwflow.runners.stats import Stats
 
 __all__ = ["Aborted", "Batch", "Rejected", "Transactions"]
 
+Report = Callable[[KafkaError | None, Message], None]
+
 _REJECTED = {
     KafkaError.MSG_SIZE_TOO_LARGE,
     KafkaError.RECORD_LIST_TOO_LARGE,
@@ -41,6 +43,7 @@ _FENCED = f"; its transaction was open for more than {TRANSACTION_S} s, or anoth
 _LATE_S = 5.0
 _SENT_S = 10  # a large batch that is not sent by then is repeated in parts, while its transaction can still be aborted
 _LARGE_BYTES = 100_000  # smaller batches are sent with the commit, which saves a round trip
+_ANY = -1  # the partition that the record's key gives it
 _ABORTS_MAX = 10  # in a row; then this process ends, so that its supervisor sees the trouble
 
 
@@ -96,17 +99,18 @@ class Batch:
 class _Reports:
     """The delivery reports for one transaction's records: why the broker refused some, and how far the changelog's partitions reach."""
 
-    def __init__(self, changelog: str) -> None:
+    def __init__(self) -> None:
         self.failures: list[tuple[str, KafkaError]] = []
         self.reached: dict[int, int] = {}
-        self._changelog = changelog
 
     def delivered(self, error: KafkaError | None, message: Message) -> None:
         if error is not None:
             self.failures.append((message.topic() or "", error))
-        elif message.topic() == self._changelog:
-            number = message.partition() or 0
-            self.reached[number] = max(self.reached.get(number, 0), (message.offset() or 0) + 1)
+
+    def delivered_last(self, error: KafkaError | None, message: Message) -> None:
+        """The report for the last record in a partition of the changelog."""
+        self.delivered(error, message)
+        self.reached[message.partition() or 0] = (message.offset() or 0) + 1
 
 
 class Transactions:
@@ -127,18 +131,20 @@ class Transactions:
         Raises Rejected, Aborted, FencedError, TransportError.
         """
         member, changelog = self.member, self.member.processor.changelog_topic
-        reports = _Reports(changelog)
+        reports = _Reports()
+        delivered = reports.delivered
         note = member.changelog or member.incarnation  # the id of a topic that somebody may delete and create again; the next owner compares it
         offsets = [TopicPartition(member.processor.input_topic, number, position, note) for number, position in batch.positions.items()]
         begun = time.perf_counter()
         try:
             self._producer.begin_transaction()
             for output in batch.outputs:
-                self._produce(reports, output.topic, output.key, output.value, output.headers, output.timestamp_ms, output.partition)
+                self._produce(reports, output.topic, output.value, output.key, output.partition, delivered, output.headers, output.timestamp_ms)
             for number, overlay in batch.overlays.items() if changelog else ():
-                overlay.changes[POSITION] = msgspec.json.encode(Position(member.incarnation, batch.positions[number], member.partitions))
                 for key, value in overlay.changes.items():
-                    self._produce(reports, changelog, key, value, partition=number)
+                    self._produce(reports, changelog, value, key, number, delivered)
+                overlay.changes[POSITION] = position = msgspec.json.encode(Position(member.incarnation, batch.positions[number], member.partitions))
+                self._produce(reports, changelog, position, POSITION, number, reports.delivered_last)
             self._send(batch, reports)
             self._again(lambda: self._producer.send_offsets_to_transaction(offsets, group, 10), 10)
             self._again(lambda: self._producer.commit_transaction(30))
@@ -160,15 +166,17 @@ class Transactions:
         return producer
 
     def _produce(
-        self, reports: _Reports, topic: str, key: bytes | None, value: bytes | None, headers: Headers = (), timestamp_ms: int | None = None, partition: int | None = None
+        self, reports: _Reports, topic: str, value: bytes | None, key: bytes | None, partition: int | None, report: Report, headers: Headers = (), timestamp_ms: int | None = None
     ) -> None:
         encrypted, sent = self.member.encryption.encrypt(topic, value, headers)
-        place: dict[str, Any] = {} if partition is None else {"partition": partition}
+        more: dict[str, Any] = {}  # what few records have
+        if sent:
+            more["headers"] = sent
         if timestamp_ms is not None:
-            place["timestamp"] = timestamp_ms
+            more["timestamp"] = timestamp_ms
         while True:
             try:
-                self._producer.produce(topic, encrypted, key, headers=sent, on_delivery=reports.delivered, **place)
+                self._producer.produce(topic, encrypted, key, _ANY if partition is None else partition, report, **more)
                 return
             except BufferError:
                 self._producer.poll(0.05)
