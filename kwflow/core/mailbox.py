@@ -31,7 +31,10 @@ class Update:
 
 
 class Inbox(Series):
-    """The signals or updates of one name: `yield inbox` waits for the next one, `take()` returns all that are there, `len()` counts them."""
+    """The signals or updates of one name: `yield inbox` waits for the next one, `take()` returns all that are there, `len()` counts them.
+
+    `async for message in inbox` waits for one after the other, and never ends by itself.
+    """
 
     __slots__ = ("_kind", "name")
 
@@ -70,6 +73,12 @@ class Inbox(Series):
 
     def __await__(self) -> Generator[Any, Any, Any]:
         return self.wait().__await__()
+
+    def __aiter__(self) -> Inbox:
+        return self
+
+    def __anext__(self) -> SignalWait:
+        return self.wait()
 
     def __repr__(self) -> str:
         return f"<{self._kind}s {self.name}>"

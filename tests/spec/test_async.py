@@ -179,6 +179,40 @@ async def main(o):
     assert w.result("w") == ["r", [16, 16]]
 
 
+def test_async_for_reads_a_mailbox_message_by_message() -> None:
+    """M3: those that were there already, those that come later, and updates in the same way."""
+    w = run("""
+async def main(o):
+    renamed, said = kw.on_update("rename"), []
+    await kw.suspend("go")
+    async for word in kw.signals("said"):
+        if word == "stop":
+            break
+        said.append(word)
+    said += [await anext(kw.signals("said"))]
+    async for update in renamed:
+        kw.reply(update, said)
+        if update.value == "last":
+            return [word async for word in first(kw.signals("said"), 2)]
+
+async def first(inbox, count):
+    async for word in inbox:
+        yield word
+        count -= 1
+        if not count:
+            return
+""")
+    for word in ("a", "b"):
+        w.command("w", "signal", {"name": "said", "value": word})
+    w.resume("w", "go")
+    assert [(wait["kind"], wait["name"]) for wait in w.header("w")["waits"]] == [("signal", "said")]
+    for word in ("stop", "after", "c", "d"):
+        w.command("w", "signal", {"name": "said", "value": word})
+    assert w.command("w", "update", {"name": "rename", "value": "first"})["value"] == ["a", "b", "after"]
+    assert w.command("w", "update", {"name": "rename", "value": "last"})["value"] == ["a", "b", "after"]
+    assert w.result("w") == ["c", "d"]
+
+
 ASYNCIO = {
     "asyncio.sleep(0)": "kw.sleep",
     "asyncio.wait_for(asyncio.sleep(1), 1)": "kw.timeout",

@@ -80,6 +80,9 @@ async def numbers() -> AsyncIterator[int]:
 async def talk(opts: object) -> str:
     inbox = kw.signals("said")
     assert_type(await inbox, Any)
+    async for message in inbox:
+        assert_type(message, Any)
+        break
     said: kw.Awaitable[str] = kw.wait_signal("said")
     assert_type(await said, str)
     return await named(1)
