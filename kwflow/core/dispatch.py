@@ -25,7 +25,7 @@ class Dispatch(msgspec.Struct, frozen=True, omit_defaults=True):
     """Start this attempt of a call, which a record of the time `called_ms` asked for (0 if an earlier kwflow stored it).
 
     `key` is the ref of its first attempt, the same for all attempts.  `headers` travel on with the answer (semantics §9.3).
-    `queue`: the one whose call an engine runs that has no workers, so that an engine that has them can hand it out.
+    `queue`: the one whose call an engine runs that has no workers.  Where the state has moved to an engine that has them, the call is in that queue, too, and the engine leaves it alone.
     """
 
     workflow_id: str

@@ -201,38 +201,45 @@ def fork(
         made["client"] = client
     if "updates" in header:  # the copy will answer the accepted updates, but nobody waits for these answers
         made["updates"] = {number: {"id": None, "to": []} for number in header["updates"]}
-    asked, jobs, dispatch = _asked_again(id, header["waits"], calls, record, context.topics)
+    asked, jobs, dispatch = _asked_again(id, header["waits"], calls, record, context)
     if jobs:
         made["calls"] = jobs
     return made, asked, dispatch
 
 
-def _asked_again(id: str, waits: list[dict[str, Any]], calls: Sequence[Dispatch], record: Record, topics: Topics) -> tuple[list[Output], list[Any], list[Dispatch]]:
+def _asked_again(id: str, waits: list[dict[str, Any]], calls: Sequence[Dispatch], record: Record, context: Context) -> tuple[list[Output], list[Any], list[Dispatch]]:
     """Return what asks for the answers to these waits of an instance: records for timers (for the same time) and calls in queues, these calls as data, and other calls."""
     known = {call.ref: msgspec.structs.replace(call, workflow_id=id, called_ms=record.timestamp_ms) for call in calls}
     outputs, jobs, dispatch = [], [], []
     for wait in waits:
         if wait["kind"] == "timer":
             left, due = max(1, wait["due"] - record.timestamp_ms), ("kwflow-due-ms", str(wait["due"]).encode())
-            outputs.append(Output(topics.scheduler, timer_key(id, wait["ref"]), str(left).encode(), (*wire.travelling_headers(record), due), record.timestamp_ms))
+            outputs.append(Output(context.topics.scheduler, timer_key(id, wait["ref"]), str(left).encode(), (*wire.travelling_headers(record), due), record.timestamp_ms))
         elif wait["kind"] == "job":
             call = known[wait["ref"]]
-            outputs.append(Output(wait["queue"], queues.key_of(id, call.ref), queues.handed_out(call, topics.resume), call.headers, record.timestamp_ms))
+            outputs.append(_handed_out(wait["queue"], call, record, context))
             jobs.append(msgspec.to_builtins(call))
         elif wait["kind"] == "activity":
-            dispatch.append(known[wait["ref"]])
+            call = known[wait["ref"]]
+            dispatch.append(call)
+            if call.queue and context.queues:
+                outputs.append(_handed_out(call.queue, call, record, context))
     return outputs, jobs, dispatch
 
 
-def rewind(header: dict[str, Any], earlier: dict[str, Any], record: Record, topics: Topics, calls: Sequence[Dispatch]) -> Rewound:
+def _handed_out(queue: str, call: Dispatch, record: Record, context: Context) -> Output:
+    return Output(queue, queues.key_of(call.workflow_id, call.ref), queues.handed_out(call, context.topics.resume), call.headers, record.timestamp_ms)
+
+
+def rewind(header: dict[str, Any], earlier: dict[str, Any], record: Record, context: Context, calls: Sequence[Dispatch]) -> Rewound:
     """Put an instance back to an earlier state of the same run: what it waited for then and no longer does begins again, what it waits for only now is given up.
 
     Who started it, and what waits for its outcome, stay as they are; so do commands that it has applied.
     """
     now, then = {identity(wait) for wait in header["waits"]}, {identity(wait) for wait in earlier["waits"]}
-    outputs, withdrawn = _give_up(header, [wait for wait in header["waits"] if identity(wait) not in then], record, topics)
+    outputs, withdrawn = _give_up(header, [wait for wait in header["waits"] if identity(wait) not in then], record, context.topics)
     again = [wait for wait in earlier["waits"] if identity(wait) not in now]
-    asked, _, dispatch = _asked_again(header["id"], again, calls, record, topics)
+    asked, _, dispatch = _asked_again(header["id"], again, calls, record, context)
     outputs += asked
     made = {name: value for name, value in earlier.items() if name not in _OF_ONE_RUN}
     made |= {name: header[name] for name in (*_OF_ONE_RUN, "applied") if name in header and name not in ("calls", "parked", "updates")}

@@ -32,7 +32,7 @@ class WorkflowProcessor(Lasting):
         config = self.config
         span = self.tracing.call if self.tracing is not None else None
         limits = config.activity_concurrency, config.activity_limit_s, config.activity_bytes_max, config.value_bytes_max
-        self.dispatcher = Dispatcher(deliver, self.on_log, *limits, span=span, rate=config.activity_rate, details=kept(config.signing_keys))
+        self.dispatcher = Dispatcher(deliver, self.on_log, *limits, span=span, rate=config.activity_rate, details=kept(config.signing_keys), hands_out=self.queues)
         return self.dispatcher
 
     def due(self, state: Changes, now_ms: int, limit: int) -> Decision | None:

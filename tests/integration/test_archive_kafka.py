@@ -127,6 +127,9 @@ def test_workflows_move_from_a_directory_to_a_broker_and_from_there_to_fewer_par
     first = moves.site("first", 4)
     assert "7 instances" in first.run("import", file)
     assert "it has state in" in first.refused("import", file)
+    again = str(moves.directory / "again.kwflow")
+    first.run("export", again)
+    assert contents(pathlib.Path(again)) == contents(pathlib.Path(file)), "also the call, which is in a queue by now"
     first.engine("one", moves.module)
     worker = first.started("worker.log", "worker", moves.module)
     first.until(lambda: len(moves.ran()) == 2)

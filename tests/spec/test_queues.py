@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 import kwflow as kw
 from kwflow import activities, api, durable, worker
 from kwflow.core import queues
-from kwflow.core.dispatch import PREFIX, Dispatch, Withdraw
+from kwflow.core.dispatch import PREFIX, Dispatch, Withdraw, state_key
 from kwflow.core.wire import Record
 from kwflow.errors import ProtocolError
 from kwflow.testing import WorkflowTester
+from tests.spec.test_checkpoints_attacked import Partition
 
 _count = itertools.count()
 SOURCE = """
@@ -188,3 +189,28 @@ def test_reading_is_total(key: bytes | None, value: bytes | None) -> None:
         queues.read(record(key, value), "r")
     except ProtocolError:
         pass
+
+
+@pytest.mark.parametrize(("op", "value"), [("fork", {"id": "w2"}), ("rewind", {"to": 1})])
+def test_a_call_of_a_queue_that_an_engine_without_workers_has_stored_is_handed_out_when_it_is_made_again(op: str, value: Any) -> None:
+    """Decision 0065: from there the state has moved to Kafka, and no engine has what a worker has."""
+    site = Partition("""
+from tests.spec.test_checkpoints_attacked import checkpoint_attack_print
+def main(o):
+    yield kw.wait_signal("go")
+    yield checkpoint_attack_print(1)
+    while True:
+        yield kw.wait_signal("said")
+main.kwflow_checkpoints = 5
+""")
+    site.send("start")
+    site.processor.queues = False
+    site.send("signal", {"name": "go", "value": 1})
+    site.processor.queues = True
+    if op == "rewind":
+        site.send("answer", {"ref": "2:1", "value": None})
+    made = site.send(op, value)
+    id = value.get("id", "w")
+    [called] = [output for output in made.outputs if output.topic == "checkpoint-attack"]
+    assert called.key == f"{id}|2:1".encode() and b"page" in (called.value or b"")
+    assert state_key(id, "2:1") in site.store.entries, "from there, the next export has it"

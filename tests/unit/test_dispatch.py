@@ -16,7 +16,7 @@ import pytest
 
 import kwflow as kw
 from kwflow import durable
-from kwflow.core.dispatch import Dispatch, Withdraw, encode, state_key
+from kwflow.core.dispatch import Dispatch, Withdraw, decode, encode, state_key
 from kwflow.core.wire import Headers
 from kwflow.runners.activities import backlog, dispatch, threads
 from kwflow.runners.activities.dispatch import Dispatcher
@@ -1193,3 +1193,24 @@ def test_looking_after_a_large_batch_takes_no_time_that_grows_with_its_square() 
     gate.set()
     engine.answer("w0")
     engine.dispatcher.close()
+
+
+def test_a_call_of_a_queue_is_left_to_its_workers_also_if_an_engine_without_workers_had_stored_it(engine: Engine) -> None:
+    """Decision 0065: the state has moved to an engine with workers, and the call is in their queue."""
+    engine.dispatcher.close()
+    activity = make(lambda: "ran")
+    for number in range(40):
+        engine.start(activity, id=f"w{number}", ref=f"{number}:1")
+    for key, stored in list(engine.store.entries.items()):
+        if number_of_call(key) % 2:
+            engine.store.apply({key: encode(msgspec.structs.replace(decode(stored), queue="q"))})
+    engine.dispatcher = Dispatcher(engine.deliver, engine.lines.append, 1, hands_out=True)
+    engine.dispatcher.own(0, engine.store)
+    engine.commit(Dispatch("late", "50:1", activity.name, 1, "50:1", b"{}", queue="q"))
+    engine.start(activity, id="last", ref="51:1")
+    engine.answer("last")
+    assert engine.records.keys() == {"last", *(f"w{number}" for number in range(0, 40, 2))}
+
+
+def number_of_call(key: bytes) -> int:
+    return int(key.split(b"\0")[2])

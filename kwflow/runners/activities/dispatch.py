@@ -56,12 +56,14 @@ class Dispatcher:
 
     def __init__(
         self, deliver: Deliver, on_log: Callable[[str], None], concurrency: int = 64, limit_s: float = 600.0, result_bytes_max: int = 500_000, record_bytes_max: int = 1_000_000,
-        threads: Threads | None = None, ends_late: bool = False, span: Callable[[Sequence[Dispatch]], CallSpan] | None = None, rate: float = 0, details: Lookup | None = None,
+        threads: Threads | None = None, ends_late: bool = False, span: Callable[[Sequence[Dispatch]], CallSpan] | None = None, rate: float = 0, details: Lookup | None = None, hands_out: bool = False,
     ) -> None:  # fmt: skip
         """`ends_late`: an activity that has a timeout of its own is also ended here after that time, not only when it is withdrawn.
 
         `details` finds the last heartbeat details of a call; `span` returns the tracing span of a run for these calls; `rate` is that of Pace.
+        `hands_out`: calls of queues are for their workers alone.
         """
+        self._hands_out = hands_out
         self._deliver = deliver
         self._on_log = on_log
         self._concurrency = concurrency
@@ -140,7 +142,7 @@ class Dispatcher:
         with self._changed:
             for item in items:
                 if isinstance(item, Dispatch):
-                    if self._backlog.offer(partition, item):
+                    if self._is_ours(item) and self._backlog.offer(partition, item):
                         self._enqueue(partition, item)
                 elif isinstance(item, Withdraw):
                     self._withdraw((partition, item.workflow_id, item.ref))
@@ -154,7 +156,8 @@ class Dispatcher:
             while gathered < self._gathering:  # repeat while batches take calls, as that makes room for more
                 gathered = self._gathering
                 for partition, item in self._backlog.take():
-                    self._enqueue(partition, item)
+                    if self._is_ours(item):
+                        self._enqueue(partition, item)
                 self._start()
             now = self._threads.monotonic()
             if now - self._looked > _LOOK_S:
@@ -186,6 +189,9 @@ class Dispatcher:
     def counts(self) -> dict[str, int]:
         """How many calls are in each state.  May be called from any thread."""
         return {"running": self._running, "ready": self._backlog.ready + self._gathering, "left-behind": self._behind}
+
+    def _is_ours(self, item: Dispatch) -> bool:
+        return not (self._hands_out and item.queue)
 
     # -- from the backlog to a slot ----------------------------------------------------------------------------------
     def _enqueue(self, partition: int, item: Dispatch) -> None:

@@ -86,7 +86,7 @@ def rewind(batch: Batch, name: str, header: dict[str, Any], record: Record, comm
         why = str(error)
     if why is not None:
         return replied(batch, record, "rejected", why, count="not-rewound", log=f"{name}: not put back: {why}")
-    rewound = ops.rewind(current, earlier, record, batch.context.topics, list(calls.values()))
+    rewound = ops.rewind(current, earlier, record, batch.context, list(calls.values()))
     made = rewound.header
     batch.keep(key, made)
     if header["status"] != "parked":

@@ -230,9 +230,8 @@ class _Target:
                 self._put(self._config.code_topic, part.value, part.key, 0)
             elif isinstance(part, Entry) and (home := home_of(part.key)) is not None:
                 queue = archive.queue_of(part) if part.table == STATE else ""
-                if queue:  # an engine without workers would have run it
+                if queue:  # an engine without workers would have run it; the entry stays until it is answered, for the next move and whoever goes back to it
                     self._keep_call(queue, dispatch.decode(part.value))
-                    continue
                 number = partition_of(home, self._there[self._topics[part.table]])
                 self._put(self._topics[part.table], part.value, part.key, number)
                 if part.table == TIMERS:
