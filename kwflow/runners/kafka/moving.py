@@ -45,6 +45,7 @@ _TIMEOUT_S = 30
 _COMMIT_S = 60
 _WRITTEN_MAX = 1000  # entries in one transaction
 _NAMED_MAX = 3
+_EVER_MS = (1 << 63) - 1
 
 
 # -- export ---------------------------------------------------------------------------------------------------------------
@@ -187,6 +188,17 @@ def _positions(config: Config, admin: AdminClient, group: str, source: str, chan
     return found
 
 
+def _kept_ms(settings: Mapping[str, str]) -> int:
+    """The age that a record of a topic may have:
+
+    1. Records are exported that were not applied, or letters that nobody has settled.
+    2. The archive is imported a month later, as a backup, and the engine is started the next day.
+    3. With their times, the broker would have deleted the records by then, and the letters for good.
+    """
+    ages = [int(settings.get(name, -1)) for name in ("retention.ms", "message.timestamp.before.max.ms")]
+    return min((age for age in ages if age >= 0), default=_EVER_MS)
+
+
 class _Target:
     """The application that an archive is written to."""
 
@@ -203,7 +215,9 @@ class _Target:
         self._due = [Due() for _ in range(there[config.timers_changelog_topic])]
         self._written = dict[bytes, bytes]()
         self._last = list[tuple[str, bytes | None, bytes | None, Headers, int]]()
-        sizes = topics.sizes(topics.settings_of(admin, [*self._topics.values(), *found.queues]).values())
+        settings = topics.settings_of(admin, [*self._topics.values(), *found.queues])
+        self._oldest_ms = {topic: time.time_ns() // 1_000_000 - _kept_ms(settings[topic]) // 2 for topic in self._topics.values()}
+        sizes = topics.sizes(settings.values())
         self._producer = made(Producer, topics.client_config(config, transactional_id=f"{config.application_id}-import", transaction_timeout_ms=_COMMIT_S * 1000, **sizes))
 
     def fence(self) -> None:
@@ -223,7 +237,8 @@ class _Target:
         self._producer.begin_transaction()
         for part in some:
             if isinstance(part, Sent):
-                self._last.append((self._topics[part.role], part.key, part.value, archive.headers_of(self._config, part), part.timestamp_ms))
+                topic = self._topics[part.role]
+                self._last.append((topic, part.key, part.value, archive.headers_of(self._config, part), max(part.timestamp_ms, self._oldest_ms[topic])))
             elif isinstance(part, Call):
                 self._keep_call(part.queue, part.call)
             elif isinstance(part, Entry) and part.table == CODE:
