@@ -230,6 +230,21 @@ def test_what_is_exported_again_is_what_was_imported_however_often_the_import_wa
     assert time.time() * 1000 - oldest_ms < WEEK_MS * 0.6, "they are from 1970, and the broker would delete them before an engine, or an operator, has seen them"
 
 
+def test_letters_of_a_rehearsal_are_not_there_twice(moves: Moves) -> None:
+    """`reset` leaves letters: after the second import, a retry of all of them would have sent each twice."""
+    source, file = Embedding(moves.directory / "state", Clock()), str(moves.directory / "one.kwflow")
+    source.send("w", "new")
+    source.engine.append(source.config.resume_topic, b"w", b"{", (("a", b"1"), ("b", None)))
+    source.work()
+    source.close()
+    moves.embedded("export", file)
+    site = moves.site("first", 1)
+    for _ in range(2):
+        site.run("import", file)
+        site.run("reset", "--yes")
+    assert len(json.loads(site.run("dead-letters", "list", "--json"))) == 1
+
+
 def test_an_import_beside_an_engine_that_has_started_meanwhile_is_refused(moves: Moves, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has restored the state before the import has marked it: it would go on without what is imported."""
     moves.embedded("start", "w")

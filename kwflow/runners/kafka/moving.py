@@ -36,6 +36,7 @@ from kwflow.runners.kafka.environment import made
 from kwflow.runners.kafka.link import latest, read
 from kwflow.runners.kafka.state import IMPORT, POSITION, Position, importing, position_of
 from kwflow.runners.kafka.upkeep import check_whole, chunks, following, groups_of, nothing_ran_since
+from kwflow.runners.letters import open_in
 from kwflow.runners.moved import MOVES, Due, home_of, moves_of
 
 __all__ = ["bring", "take"]
@@ -214,6 +215,7 @@ class _Target:
         }  # fmt: skip
         self._due = [Due() for _ in range(there[config.timers_changelog_topic])]
         self._written = dict[bytes, bytes]()
+        self._letters = {(letter.key, letter.value, letter.headers) for letter in open_in(read(config, config.dead_letter_topic)).values()}  # of an earlier import, after which somebody gave `reset`
         self._last = list[tuple[str, bytes | None, bytes | None, Headers, int]]()
         settings = topics.settings_of(admin, [*self._topics.values(), *found.queues])
         self._oldest_ms = {topic: time.time_ns() // 1_000_000 - _kept_ms(settings[topic]) // 2 for topic in self._topics.values()}
@@ -237,8 +239,9 @@ class _Target:
         self._producer.begin_transaction()
         for part in some:
             if isinstance(part, Sent):
-                topic = self._topics[part.role]
-                self._last.append((topic, part.key, part.value, archive.headers_of(self._config, part), max(part.timestamp_ms, self._oldest_ms[topic])))
+                topic, headers = self._topics[part.role], archive.headers_of(self._config, part)
+                if part.role != LETTERS or (part.key, part.value, headers) not in self._letters:
+                    self._last.append((topic, part.key, part.value, headers, max(part.timestamp_ms, self._oldest_ms[topic])))
             elif isinstance(part, Call):
                 self._keep_call(part.queue, part.call)
             elif isinstance(part, Entry) and part.table == CODE:
