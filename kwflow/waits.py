@@ -85,9 +85,9 @@ def sleep(delay: timedelta | float) -> Awaitable[None]:
     return current().sleep(delay)
 
 
-def timeout(x: Wait[_T], delay: timedelta | float) -> Awaitable[_T]:
-    """Wait for x; after the delay, cancel it and raise TimeoutError."""
-    return current().timeout(x, delay)
+def timeout(x: Wait[_T], delay: timedelta | float, *, wait_rest: bool = False) -> Awaitable[_T]:
+    """Wait for x; after the delay, cancel it and raise TimeoutError: at once, or with `wait_rest` when x has cleaned up."""
+    return current().timeout(x, delay, wait_rest)
 
 
 def shield(x: Wait[_T]) -> Awaitable[_T]:

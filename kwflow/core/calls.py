@@ -221,8 +221,8 @@ class Calls:
         children, keys, cancelled = self.children(items, cancel_rest)
         return self._combine(Race(children, keys, cancelled, wait_rest))
 
-    def timeout(self, value: object, delay: timedelta | float) -> Awaitable:
-        return self._combine(Timeout([self.awaitable(value), self.sleep(delay)], None, cancel_rest=True, wait_rest=False))
+    def timeout(self, value: object, delay: timedelta | float, wait_rest: bool = False) -> Awaitable:
+        return self._combine(Timeout([self.awaitable(value), self.sleep(delay)], None, cancel_rest=True, wait_rest=wait_rest))
 
     def shield(self, value: object) -> Awaitable:
         value = self.classify(value)

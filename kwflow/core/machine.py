@@ -128,7 +128,7 @@ class Machine:
                 self.deliver(*self._mail.pop(0))
             if self._join_dirty:
                 self.check_joins()
-            if not self.queue and not self._mail:
+            if not self.queue and not self._mail and not self._join_dirty:
                 return
 
     def _drive(self, task: Task) -> None:
@@ -261,8 +261,10 @@ class Machine:
             if item.state != PENDING:
                 raise KwflowBug(f"{item!r} settled twice")
             item.state, item.value = item_state, item_value
-            if isinstance(item, Suspension) and self.instance.waits.get(item.ref) is item:
-                del self.instance.waits[item.ref]
+            if isinstance(item, Suspension):
+                self._join_dirty = self._join_dirty or bool(self.instance.joins)
+                if self.instance.waits.get(item.ref) is item:
+                    del self.instance.waits[item.ref]
             waiters, item.waiters = item.waiters, []
             for waiter in waiters:
                 if isinstance(waiter, Combinator):
@@ -394,9 +396,27 @@ class Machine:
         self.queue.append(task)
 
     def close(self) -> None:
-        """Main has settled: cancel every other task not yet cancelled, in creation order (semantics §2.4)."""
+        """Main has settled: cancel every other task not yet cancelled, in creation order; not what a cleanup that runs waits for (semantics §2.4)."""
         self.instance.status = CLOSING
+        cleaning = self._cleaning()
         for task in list(self.instance.tasks.values()):
-            if not task.settled and not task.cancel_step and not task.shielded:
+            if not task.settled and not task.shielded and task not in cleaning:
                 self.cancel_all([task])
         self.cancel_all([wait for wait in list(self.instance.waits.values()) if wait.outside and not wait.waiters])
+
+    def _cleaning(self) -> set[Task]:
+        """The tasks that were cancelled and have not ended, and those that they wait for."""
+        found: set[Task] = set()
+        seen: set[int] = set()
+        stack: list[Awaitable | None] = [task for task in self.instance.tasks.values() if task.cancel_step]
+        while stack:
+            item = stack.pop()
+            if item is None or item.settled or id(item) in seen:
+                continue
+            seen.add(id(item))
+            if isinstance(item, Task):
+                found.add(item)
+                stack.append(item.waiting_on)
+            elif isinstance(item, Combinator):
+                stack.extend(item.children)
+        return found

@@ -154,6 +154,56 @@ def main(o):
     assert len(w.values("workflow-result")) == 1
 
 
+@pytest.mark.parametrize("undo", ["release()", "kw.all([release(), kw.sleep(5)])", "kw.timeout(kw.spawn(release()), 60)"])
+def test_the_end_of_main_leaves_alone_what_a_cleanup_that_runs_waits_for(undo: str) -> None:
+    """Semantics §2.4: each task is cancelled once, so the end of main must not reach a cleanup through the tasks that it waits for."""
+    w = run(f"""
+def release():
+    yield kw.suspend("released")
+    say("released")
+def booked():
+    try:
+        yield kw.suspend("never")
+    finally:
+        yield {undo}
+        say("cleaned")
+def main(o):
+    try:
+        yield kw.timeout(booked(), 60)
+    except TimeoutError:
+        yield kw.suspend("told")
+        return "late"
+""")
+    w.advance(60)
+    w.resume("w", "told")
+    assert (w.result("w"), (w.header("w") or {})["status"]) == ("late", "closing")
+    w.resume("w", "released")
+    w.advance(60)
+    assert w.outputs_to("out") == ["released", "cleaned"]
+    assert w.header("w") is None
+
+
+def test_a_timeout_may_wait_until_what_it_cancelled_has_cleaned_up() -> None:
+    w = run("""
+def booked():
+    try:
+        yield kw.suspend("never")
+    finally:
+        yield kw.suspend("released")
+        say("released")
+def main(o):
+    try:
+        yield kw.timeout(booked(), 60, wait_rest=True)
+    except TimeoutError:
+        say("late")
+""")
+    w.advance(60)
+    assert w.outputs_to("out") == []
+    w.resume("w", "released")
+    assert w.outputs_to("out") == ["released", "late"]
+    assert w.header("w") is None
+
+
 def test_a_workflow_with_nothing_left_to_wait_for_ends_with_an_error() -> None:
     """G9, KW-27."""
     w = run("""

@@ -201,6 +201,33 @@ def main(o):
     assert w.outputs_to("out") == ["inner ended", "main"]
 
 
+@pytest.mark.parametrize(
+    ("wait", "answers"),
+    [
+        ("kw.race([kw.suspend('x'), kw.sleep(60)], wait_rest=True)", ["x"]),
+        ("kw.race([ends(), kw.sleep(60)], wait_rest=True)", ["x"]),
+        ("kw.timeout(ends(), 60, wait_rest=True)", ["x"]),
+        ("kw.race([kw.suspend('x'), kw.suspend('y')], cancel_rest=False, wait_rest=True)", ["x", "y"]),
+        ("kw.race([kw.suspend('x'), kw.race([kw.suspend('z'), kw.suspend('y')], cancel_rest=False, wait_rest=True)], cancel_rest=False, wait_rest=True)", ["x", "z", "y"]),
+    ],
+)
+def test_wait_rest_also_notices_the_end_of_losers_that_are_no_tasks(wait: str, answers: list[str]) -> None:
+    """§1.5: while another task waited for something else, whoever waited here did so for ever."""
+    w = run(f"""
+def ends():
+    yield kw.suspend("x")
+    return "x"
+def other():
+    yield kw.suspend("never")
+def main(o):
+    kw.spawn(other())
+    return (yield {wait})
+""")
+    for answer in answers:
+        w.resume("w", answer, answer)
+    assert w.result("w") == "x"
+
+
 def test_the_end_of_a_task_looks_once_at_each_wait_that_joins(monkeypatch: pytest.MonkeyPatch) -> None:
     """§1.5: with 2,000 of them, each was looked up among all of them, 13 ms at each step."""
     w = run("""
