@@ -128,8 +128,8 @@ class Shown:
     def _parts(self, made: Stub, depth: int) -> Iterator[str]:
         """Render an object as `Order(items=[1, 2])`."""
         state = made.state[1] if isinstance(made.state, tuple) and len(made.state) == 2 and made.state[0] is None else made.state
-        attributes = state if isinstance(state, dict) else {}
-        values = [*((None, value) for value in (*made.args, *([state] if state is not None and state is not attributes else []), *made.items)), *attributes.items()]
+        attributes = _fields(state) if isinstance(state, dict) else {}
+        values = [*((None, value) for value in (*made.args, *([] if state is None or isinstance(state, dict) else [state]), *made.items)), *attributes.items()]
         yield self._counted(f"{made.name}(")
         for number, (name, value) in enumerate(values):
             if self._left <= 0:
@@ -137,6 +137,14 @@ class Shown:
             yield self._counted((", " if number else "") + ("" if name is None else f"{text(name)}="))
             yield from self._value(value, depth)
         yield self._counted(")")
+
+
+def _fields(state: dict[Any, Any]) -> dict[Any, Any]:
+    """Return the attributes of an object; pydantic keeps those of a model in several dicts."""
+    if "__pydantic_fields_set__" not in state:
+        return state
+    parts = (state.get(part) for part in ("__dict__", "__pydantic_extra__", "__pydantic_private__"))
+    return {name: value for part in parts if isinstance(part, dict) for name, value in part.items()}
 
 
 def _plain(value: Any, characters: int) -> str:

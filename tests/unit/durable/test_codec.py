@@ -207,6 +207,26 @@ def main():
     assert repr(damaged["day"]) == r"<datetime.date b'\x07\xea\r\x02'>"
 
 
+def test_pydantic_models_are_shown_by_their_fields() -> None:
+    """Semantics §4.4: they were shown as the dicts in which pydantic keeps them, and with nested ones little else had room."""
+    source = """
+import pydantic
+class Item(pydantic.BaseModel):
+    sku: str
+class Order(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="allow")
+    items: list[Item]
+    _note: str = pydantic.PrivateAttr("none")
+def main():
+    order = Order(items=[Item(sku="cup")], gift=True)
+    yield
+"""
+    waiting = durable.load_source("models", source, "models.py").main()
+    next(waiting)
+    [(_, values)] = peek_text(durable.dumps(waiting), 200)
+    assert values["order"] == "models.Order(items=[models.Item(sku='cup')], gift=True, _note='none')"
+
+
 def test_values_that_have_no_end_are_told_in_so_many_characters() -> None:
     """Semantics §4.4: on such values, `kwflow show --locals` used to end with an internal error of kwflow."""
     source = """
