@@ -1,4 +1,4 @@
-"""Which value made a save fail, and how it is reached; used only for the error message, after the failure.
+"""Which value made a save fail, and how it is reached, or which variable is the largest; used only for messages, after the failure.
 
 The value is the last object that the pickler looked at.  The way to it is the shortest one through variables of durable
 generators, containers, attributes, closures and exceptions.
@@ -19,7 +19,7 @@ from kwflow.durable.frames import snap
 from kwflow.durable.names import Refused
 from kwflow.errors import NotDurableError, SnapshotError, UnsavableError
 
-__all__ = ["explain"]
+__all__ = ["explain", "largest"]
 
 _LOOKED_AT_MAX = 300_000
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, bytearray, types.ModuleType, types.CodeType, types.BuiltinFunctionType)
@@ -63,6 +63,15 @@ def explain(root: Any, error: Exception, seen: list[Any], savable: Callable[[Any
     way = f"{place.path} is a {kind.__name__}" if place.path != place.variable else kind.__name__
     subject = f"variable {place.variable!r} of {place.function} ({place.where}) " if place.variable else ""
     return UnsavableError(f"{subject}cannot be saved: {way}: {reason}{advice}", place.variable, place.function, place.where, kind.__name__)
+
+
+def largest(root: Any) -> str:
+    """Name the variable of a waiting generator that holds most, with its place; "" if there is none.  What several hold counts for the nearest."""
+    sizes: collections.Counter[tuple[str, str, str]] = collections.Counter()
+    for value, place in _reached(root, False):
+        if place.variable:
+            sizes[place.variable, place.function, place.where] += len(value) if isinstance(value, (str, bytes, bytearray)) else 8
+    return "".join(f"variable {variable!r} of {function} ({where})" for (variable, function, where), _ in sizes.most_common(1))
 
 
 def _find(root: Any, wanted: list[Any]) -> tuple[Any, _Place] | None:

@@ -19,6 +19,7 @@ from kwflow.core.dispatch import Dispatch, Withdraw, decode, size_of, state_key
 from kwflow.core.instance import Instance
 from kwflow.core.step import applied_before, step
 from kwflow.core.wire import Record
+from kwflow.durable import culprit
 from kwflow.durable.registry import Module
 from kwflow.errors import CorruptSnapshotError, KwflowBug, ProtocolError, SnapshotError, StepTimeout
 from kwflow.feeds import registered_feeds
@@ -315,14 +316,15 @@ class WorkflowBatch:
         except Exception as error:  # reducers of author classes may raise anything
             return error, []
         if len(data) > most:
-            return SnapshotError(f"the snapshot has {len(data)} bytes, more than snapshot_bytes_max = {most}; keep less in variables, or raise the limit and retry"), []
+            return SnapshotError(f"the snapshot has {len(data)} bytes, more than snapshot_bytes_max = {most}{_mostly(instance)}; keep less in variables, or raise the limit and retry"), []
         return data, modules
 
     def _warn_of_size(self, live: Live, size: int) -> None:
         """Log once when an instance grows over the limit, not each time it is saved."""
         limit = self.config.snapshot_bytes_warn
         if limit >= len(live.base or b""):
-            self._say(live, f"{live.instance.id if live.instance else ''}: its snapshot now has {size} bytes (snapshot_bytes_warn = {limit}); above {self.config.snapshot_bytes_max} it is parked")
+            of = live.instance
+            self._say(live, f"{of.id if of else ''}: its snapshot now has {size} bytes (snapshot_bytes_warn = {limit}){_mostly(of)}; above {self.config.snapshot_bytes_max} it is parked")
 
     def _say(self, live: Live, said: str) -> None:
         """Add a line to the log of the last record that this instance met."""
@@ -425,3 +427,9 @@ def _is_own(header: dict[str, Any]) -> bool:
     """
     place, applied = _OWN_START_ID.fullmatch(header["start_id"]), header.get("applied")
     return place is not None and applied is not None and int(place[1]) == applied[1] and int(place[2]) <= applied[2]
+
+
+def _mostly(instance: Instance | None) -> str:
+    """Say where most of a snapshot's bytes are, as the end of a text; "" if no variable holds them."""
+    found = culprit.largest(instance.graph()) if instance is not None else ""
+    return f", most of them in {found}" if found else ""
