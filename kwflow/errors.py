@@ -227,6 +227,14 @@ class OutcomeUnknown(TransportError):
         self.why = why or message
 
 
+_REPLIES = {  # what a reply without a message means
+    "exists": "another run has this id",
+    "full": "its mailbox is full; send it again once the workflow has read some",
+    "not_found": "there is no such run; kwflow list shows those that are known",
+    "unknown_ref": "nobody waits for this ref; perhaps it was answered before: kwflow show tells what it waits for",
+}
+
+
 class CommandError(KwflowError):
     """The command changed nothing; `status` is the word of the reply: not_found, exists, full, rejected, ended, unknown_ref ...
 
@@ -240,7 +248,8 @@ class CommandError(KwflowError):
         self.id = id
 
     def __str__(self) -> str:
-        return f"{self.id}: {self.status}" + (f": {self.message}" if self.message else "")
+        said = self.message or _REPLIES.get(self.status)
+        return f"{self.id}: {self.status}" + (f": {said}" if said else "")
 
 
 class OutcomeError(KwflowError):

@@ -162,7 +162,7 @@ def moving(code: Mapping[str, Any], sources: Sources) -> MovingNames:
         name, _ = split_reference(reference)
         current = hook.current(name)
         if current is None:
-            raise CodeChangedError(f"there is no durable module {name} here to move it to", name)
+            raise CodeChangedError(f"there is no durable module {name} here to move it to; @kw.migrate(from_='{name}:FUNCTION') can take it to another module", name)
         if reference != name:
             pins[reference] = current
         if changed_units(current, saved):

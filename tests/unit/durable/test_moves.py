@@ -450,7 +450,7 @@ def test_a_module_that_is_gone_or_a_source_that_is_not_stored_is_named(site: Sit
     with pytest.raises(CodeChangedError, match=r"the source of moved_\d+ that this instance runs \([0-9a-f]{12}\) is not stored, so it is not known where it waits"):
         site.move(saved)
     code = {"moved_nowhere": saved[1][site.name]}
-    with pytest.raises(CodeChangedError, match="there is no durable module moved_nowhere here to move it to"):
+    with pytest.raises(CodeChangedError, match=r"there is no durable module moved_nowhere here to move it to; @kw.migrate\(from_='moved_nowhere:FUNCTION'\) can take it to another module"):
         versions.moving(code, site.stored.get)
 
 
