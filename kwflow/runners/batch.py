@@ -29,7 +29,7 @@ from kwflow.runners.activities.dispatch import keep
 from kwflow.runners.checkpoints import drop, extent
 from kwflow.runners.lasting import Lasting
 from kwflow.runners.live import Live
-from kwflow.runners.moved import moves_in
+from kwflow.runners.moved import MOVES, moves_in
 from kwflow.runners.tracing import Tracing, fail_all
 
 __all__ = ["WorkflowBatch"]
@@ -213,16 +213,24 @@ class WorkflowBatch:
                 runs = _begun(live, instance.workflow, instance.created_ms)
                 _go_on_numbering(live, instance.extra)
             live.instance, live.ahead = instance, True
+            self._note_moves(instance.extra)
             if instance.workflow in self.kept.workflows or "checkpoints" in instance.extra:
                 self.at_once, live.changed = key, live.changed or state.changed
         elif isinstance(state, Ended):
             runs = _finished(live, state.header, made.outcome)
             _go_on_numbering(live, state.header)
+            self._note_moves(state.header)
             self._ended(key, live, state.header)
         elif live.instance is None:
             del self.live[key]
         decision = self._decision(name, record, made, runs)
         return decision if self.history is None else self.history.stepped(decision, made, record, by, self.context.received_ms)
+
+    def _note_moves(self, header: dict[str, Any]) -> None:
+        """Let the partition know of a move that an instance counts alone, as what it held came from an earlier log: the next run of its id begins with as many (decision 0064)."""
+        if header.get("moves", 0) > self.context.moves:
+            self.state.put(MOVES, b"%d" % header["moves"])
+            self.context = msgspec.structs.replace(self.context, moves=header["moves"])
 
     def _decision(self, name: str, record: Record, made: Transition, runs: tuple[RunEvent, ...] = ()) -> Decision:
         logs = tuple(f"{name}: {line}" for line in made.logs) if made.logs else ()
@@ -376,6 +384,7 @@ class WorkflowBatch:
         """Apply held records, each with its original offset; a failure parks the instance again (K17).  Records beyond the budget are held as before."""
         made = WorkflowBatch(self.lasting, self.state, records, self.context.received_ms, self.budget).run()
         parked.hold_again(self.state, records[len(made) :])
+        self.context = msgspec.structs.replace(self.context, moves=moves_in(self.state))
         return made
 
     def end(self, key: bytes, header: dict[str, Any]) -> None:

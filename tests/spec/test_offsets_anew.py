@@ -176,3 +176,28 @@ def test_a_run_is_not_taken_for_one_of_before_whose_offset_comes_again() -> None
     assert site.send("rewind", {"to": 0}).counts == ("not-rewound",)
     site.send("terminate", {"reason": ""})
     assert site.headers()[b"w"]["start_id"] == "0-1-1"
+
+
+@pytest.mark.parametrize("ends", ["signal", "terminate", "start"])
+def test_a_run_goes_on_where_the_run_before_it_was_moved_more_often_than_its_partition(ends: str) -> None:
+    """What it held came from an earlier log, which counts as a move of it alone; so after the next move of the partition, a new run would have got the refs of that run."""
+    site, called = Partition(CALLS + ("main.kwflow_restart = True\n" if ends == "start" else "")), list[str]()
+    site.send("start")
+    for incarnation, first, then in (("second", 9, 19), ("third", 4, 9), ("fourth", 9, 19), ("fifth", 4, 9)):
+        site.send("pause", {"reason": "x"})
+        site.sent = 50
+        site.send("signal", PAY)
+        moved(site, 0, incarnation)
+        site.store.entries[MOVES] = b"%d" % (int(site.store.entries.get(MOVES, b"0")) + 1)
+        called += keys_called(site.send("unpause"))
+        site.send("answer", {"ref": called[-1], "value": None})
+        site.sent = first
+        called += keys_called(site.send("signal", PAY))
+        site.send("answer", {"ref": called[-1], "value": None})
+        if ends != "start":
+            site.send(ends, END if ends == "signal" else {"reason": ""})
+        site.send("start")
+        site.sent = then
+        called += keys_called(site.send("signal", PAY))
+        site.send("answer", {"ref": called[-1], "value": None})
+    assert len(set(called)) == len(called) == 12, called
