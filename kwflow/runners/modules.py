@@ -45,7 +45,9 @@ def load_modules(names: Sequence[str], app_dir: Path | None = None, packages: Se
 
     Raises UsageError if a module cannot be imported; errors of kwflow and of syntax are passed on unchanged.
     """
-    sys.path.insert(0, str(app_dir or Path.cwd()))
+    place = str(app_dir or Path.cwd())
+    if sys.path[:1] != [place]:  # the option --app-dir has put it there already
+        sys.path.insert(0, place)
     durable.install(packages)
     modules = []
     for name in several(names):
