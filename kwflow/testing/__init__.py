@@ -26,7 +26,7 @@ from kwflow.core.contract import Workflows
 from kwflow.core.dispatch import Dispatch, Withdraw
 from kwflow.core.wire import Output, Record
 from kwflow.durable import versions
-from kwflow.errors import SnapshotError, UsageError
+from kwflow.errors import CommandError, SnapshotError, UsageError
 from kwflow.feeds import registered_feeds
 from kwflow.ports import Decision, Processor
 from kwflow.runners import parked
@@ -179,6 +179,20 @@ class WorkflowTester:
         named = {name.replace("_", "-"): text for name, text in headers.items()}
         self.send(id, msgspec.json.encode(arguments), {"kwflow-op": op, "kwflow-request": request, "kwflow-reply-to": "0/test", **named})
         return self.reply(request)
+
+    def signal(self, id: str, name: str, value: Any = None) -> None:
+        """Send a signal.  Raises CommandError if it is refused, as a client's call does."""
+        self._asked(id, "signal", name, value)
+
+    def update(self, id: str, name: str, value: Any = None) -> Any:
+        """Send an update and return what the workflow replies; None if it has not replied yet.  Raises CommandError if it is refused, as a client's call does."""
+        return self._asked(id, "update", name, value)
+
+    def _asked(self, id: str, op: str, name: str, value: Any) -> Any:
+        reply = self.command(id, op, {"name": name, "value": value})
+        if reply is not None and reply["status"] not in ("ok", "delivered"):
+            raise CommandError(reply["status"], reply["message"], id)
+        return reply["value"] if reply is not None else None
 
     def reply(self, request: str) -> dict[str, Any] | Any:
         """Return the reply to this request; None if there is none yet."""

@@ -5,6 +5,7 @@ from typing import Any
 import msgspec
 import pytest
 
+import kwflow as kw
 from kwflow.core.values import json_dumps
 from kwflow.testing import WorkflowTester
 from tests.spec.test_messages import outcomes, run, status
@@ -33,6 +34,26 @@ def test_a_signal_wakes_who_waits_for_it() -> None:
     assert ((w.header("w") or {})["waits"][0]["kind"], (w.header("w") or {})["waits"][0]["name"]) == ("signal", "a")
     signal(w, "a", {"x": 1})
     assert w.result("w") == {"x": 1}
+
+
+def test_a_tester_signals_and_updates_as_a_client_does() -> None:
+    w = run("""
+def positive(n):
+    if n <= 0:
+        raise ValueError("negative")
+def main(o):
+    update = yield kw.on_update("n", validator=positive)
+    go = yield kw.wait_signal("go")
+    kw.reply(update, [update.value, go])
+""")
+    with pytest.raises(kw.CommandError, match="w: rejected: ValueError: negative"):
+        w.update("w", "n", 0)
+    assert w.update("w", "n", 1) is None  # not yet
+    assert w.signal("w", "go", "now") is None
+    assert [1, "now"] in [reply["value"] for reply in w.replies]
+    for call in (lambda: w.signal("w", "go"), lambda: w.update("nobody", "n")):
+        with pytest.raises(kw.CommandError, match="not_found"):
+            call()
 
 
 def test_several_waits_of_one_name_are_served_in_the_order_in_which_they_were_made() -> None:
