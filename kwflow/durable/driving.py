@@ -7,11 +7,12 @@ plain Python.  Only the driver knows which it is, and says so by `set_driving`. 
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import types
 from typing import Any, Protocol
 
-__all__ = ["Driver", "abandoning", "clean_up_here", "set_abandoning", "set_driving", "thread"]
+__all__ = ["Driver", "abandoning", "clean_up_here", "in_event_loop", "set_abandoning", "set_driving", "thread"]
 
 _forget_by_default = False
 
@@ -52,6 +53,14 @@ def abandoning() -> bool:
     """Whether a GeneratorExit that arrives now means "forgotten", so that the author's cleanup is skipped (G8)."""
     forget = thread.forget
     return _forget_by_default if forget is None or thread.collecting else forget
+
+
+def in_event_loop() -> bool:
+    """Whether asyncio runs this code, such as below an activity, and no driver: `await` is Python's own then, and nothing is saved."""
+    if thread.driver is not None:
+        return False
+    events = sys.modules.get("asyncio.events")
+    return events is not None and events._get_running_loop() is not None
 
 
 def set_abandoning(value: bool | None, everywhere: bool = False) -> bool | None:

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 from kwflow.durable.awaiting import AsyncGenerator, Entering, Leaving, Settled
+from kwflow.durable.driving import in_event_loop
 from kwflow.durable.refusals import asyncio_refusal, no_iterator, no_manager, not_awaitable
 
-__all__ = ["aenter", "aexit", "aiter_", "aleave", "anext_", "iterator_of", "leaving", "stand_ins"]
+__all__ = ["aenter", "aexit", "aiter_", "aleave", "anext_", "iterator_of", "leaving", "native_iterator_of", "stand_ins"]
 
 stand_ins: dict[types.CodeType, Callable[[dict[str, Any]], Any]] = {}  # by the code of a coroutine: makes from its arguments the iterator that stands for it; stacks.py enters those of exit stacks
 
@@ -30,6 +31,11 @@ def iterator_of(value: Any) -> Any:
     refusal = asyncio_refusal(value)
     if refusal is not None:
         raise refusal
+    return native_iterator_of(value)
+
+
+def native_iterator_of(value: Any) -> Any:
+    """Return what `await value` iterates in Python itself.  Raises TypeError as it does."""
     method = getattr(type(value), "__await__", None)
     if method is None:
         raise not_awaitable(value)
@@ -51,7 +57,7 @@ def _instead_of(coroutine: types.CoroutineType[Any, Any, Any]) -> Any:
 
 def aiter_(source: Any) -> Any:
     """Return what `__aiter__` of the type returns, with the checks of `async for`."""
-    refusal = asyncio_refusal(source)
+    refusal = None if in_event_loop() else asyncio_refusal(source)
     if refusal is not None:
         raise refusal
     method = getattr(type(source), "__aiter__", None)

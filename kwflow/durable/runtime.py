@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from kwflow.durable import awaiting, protocols, tracebacks
-from kwflow.durable.driving import abandoning, thread
+from kwflow.durable.driving import abandoning, in_event_loop, thread
 from kwflow.durable.refusals import no_manager, not_awaitable
 from kwflow.durable.registry import RUNTIME, Module, Place, function_of, register_code
 
@@ -148,8 +148,10 @@ def awaited(value: Any) -> Any:
             raise not_awaitable(value)
         driver = thread.driver
         if function_of(value.gi_code) is None or not _is_unstarted(value) or (driver is not None and driver.owns(value)):
-            return awaiting.Once(value)
+            return value if value.gi_code.co_flags & inspect.CO_ITERABLE_COROUTINE and in_event_loop() else awaiting.Once(value)
         return value
+    if in_event_loop():
+        return protocols.native_iterator_of(value)
     iterator = protocols.iterator_of(value)
     return iterator if isinstance(iterator, _OURS) else delegate(iterator)
 
@@ -274,6 +276,7 @@ class Runtime:
         self.bound = bound  # classes of the current module that a stored version uses as its own
         self._functions = module.functions
         self._marks: dict[str, Callable[[Any], Any]] = {}
+        self._awaitable: dict[str, types.CodeType] = {}
 
     def mark(self, path: str) -> Callable[[Any], Any]:
         """Return the innermost decorator of every function; it registers the function's code."""
@@ -287,8 +290,16 @@ class Runtime:
         return _mark((self._functions, path), function)
 
     def mark_coroutine(self, path: str) -> Callable[[Any], Any]:
-        """Do what `mark` does, for async functions."""
-        return lambda function: as_coroutine(_mark((self._functions, path), function))
+        """Do what `mark` does, for async functions.  Their generators can be awaited by native coroutines, too."""
+
+        def marked(function: types.FunctionType) -> types.FunctionType:
+            code = self._awaitable.get(path)
+            if code is None:
+                code = self._awaitable[path] = function.__code__.replace(co_flags=function.__code__.co_flags | inspect.CO_ITERABLE_COROUTINE)
+            function.__code__ = code
+            return as_coroutine(_mark((self._functions, path), function))
+
+        return marked
 
     def generator(self, path: str, made: types.GeneratorType[Any, Any, Any]) -> Any:
         """Do what `mark` does, for generator expressions."""

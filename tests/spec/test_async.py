@@ -1,5 +1,6 @@
 """semantics.md §6: `async def` in a durable module is a second spelling of the same workflow."""
 
+import asyncio
 import inspect
 import re
 import sys
@@ -211,6 +212,93 @@ async def first(inbox, count):
     assert w.command("w", "update", {"name": "rename", "value": "first"})["value"] == ["a", "b", "after"]
     assert w.command("w", "update", {"name": "rename", "value": "last"})["value"] == ["a", "b", "after"]
     assert w.result("w") == ["c", "d"]
+
+
+BELOW_ACTIVITIES = """
+import asyncio
+seen = []
+
+@contextlib.asynccontextmanager
+async def session():
+    await asyncio.sleep(0)
+    try:
+        yield "session"
+    finally:
+        await asyncio.sleep(0)
+        seen.append("left")
+
+async def numbers(n):
+    for i in range(n):
+        await asyncio.sleep(0)
+        yield i
+
+async def fetch(n):
+    async with session() as found, asyncio.Lock(), asyncio.timeout(60):
+        return [found, sum([x async for x in numbers(n)])]
+
+class Pages:
+    async def __aenter__(self):
+        return await inner(self)
+    async def __aexit__(self, *_):
+        seen.append("closed")
+
+async def inner(x):
+    await asyncio.get_running_loop().run_in_executor(None, str, 1)
+    return x
+
+async def slow():
+    try:
+        await asyncio.sleep(3600)
+    finally:
+        seen.append("cancelled")
+
+async def all_of_it():
+    first = await fetch(3)
+    more = await asyncio.gather(fetch(1), asyncio.wait_for(fetch(2), 60), *[asyncio.ensure_future(inner(n)) for n in (7, 8)])
+    async with Pages() as pages:
+        seen.append(type(pages).__name__)
+    try:
+        await asyncio.wait_for(slow(), 0.01)
+    except TimeoutError:
+        seen.append("late")
+    async for x in native():
+        seen.append(x)
+    return first, more
+
+@kw.durable.native
+async def native():
+    yield await asyncio.sleep(0, "native")
+
+async def main(o):
+    return await kw.suspend("r")
+"""
+
+
+def test_an_event_loop_runs_async_functions_of_a_durable_module() -> None:
+    """M6: helpers of activities stand in the same module. They were refused there, in words that were meant for workflows."""
+    module = load(BELOW_ACTIVITIES)
+
+    async def activity() -> Any:
+        return await module.all_of_it()
+
+    assert asyncio.run(activity()) == (["session", 3], [["session", 0], ["session", 1], 7, 8])
+    assert module.seen == ["left"] * 3 + ["Pages", "closed", "cancelled", "late", "native"]
+
+
+def test_a_step_inside_a_running_event_loop_is_a_step_all_the_same() -> None:
+    """§6.2: as in a test that is a coroutine itself."""
+    module = load(BELOW_ACTIVITIES + "async def sleeps(o):\n    await asyncio.sleep(0)\n")
+
+    async def test() -> WorkflowTester:
+        tester = WorkflowTester(module.main, sleeps=module.sleeps)
+        tester.start("w")
+        tester.resume("w", "r", 5)
+        tester.start("refused", workflow="sleeps")
+        return tester
+
+    tester = asyncio.run(test())
+    assert tester.result("w") == 5
+    assert tester.values("workflow-error") == ["UsageError: asyncio's sleep cannot be awaited in a workflow, which has no event loop; use kw.sleep(seconds)"]
 
 
 ASYNCIO = {
