@@ -36,30 +36,52 @@ def main(o):
             lock = __import__("threading").Lock()
             yield kw.suspend("r")
             del lock
+        if got == "update":
+            asked = yield kw.on_update("u")
+            yield kw.suspend()
+            kw.reply(asked, "done")
+        if got == "wait":
+            try:
+                seen.append((yield kw.timeout(kw.wait_signal("brief"), 100)))
+            except TimeoutError:
+                seen.append("late")
+        if got == "kid":
+            try:
+                seen.append((yield kw.start_child("main", None, id=f"kid of {kw.workflow_id()}")))
+            except kw.ChildError as error:
+                seen.append(error.outcome)
         if got == "child":
             kw.start_child("main", None, id=f"{kw.workflow_id()}-{len(seen)}")
 
 main.kwflow_checkpoints = 3
 """
-SAID = ("x", "pay", "sleep", "lock", "child", "end")
+IDS = ("a", "b", "a", "b", "a", "b", "fork of a", "fork of fork of a", "kid of a")
+SAID = ("x", "pay", "sleep", "lock", "child", "kid", "update", "wait", "end")
 MADE_ANEW = (b"moves", b"code", b"ended")
 Op = tuple[Any, ...]
 
 
 def drawn(chance: random.Random) -> Op:
-    id = chance.choice("ab")
+    id = chance.choice(IDS)
     return chance.choice([
-        ("start", id), ("say", id, chance.choice(SAID)), ("say", id, "pay"), ("say", id, "race"), ("say", id, "both"), ("later", id),
+        ("start", id), ("anew", id), ("say", id, chance.choice(SAID)), ("say", id, chance.choice(SAID)), ("brief", id, chance.choice([1, 40])), ("update", id),
+        ("say", id, "pay"), ("say", id, "race"), ("say", id, "both"), ("later", id),
         *(("answer", id, number) for number in (0, 1, 0, 1)),
-        ("wait", chance.choice([1, 31, 61])), ("rewind", id, chance.randrange(4)), ("fork", id), ("pause", id), ("unpause", id), ("retry", id), ("discard", id), ("terminate", id),
+        ("wait", chance.choice([1, 31, 61, 101, 90_000])), ("rewind", id, chance.randrange(4)), ("fork", id, None), ("fork", id, chance.randrange(4)), ("cancel", id),
+        ("pause", id), ("unpause", id), ("retry", id), ("discard", id), ("terminate", id),
     ])  # fmt: skip
 
 
 def do(site: Site, kind: str, *told: Any) -> None:
     if kind == "wait":
         site.clock.ms += told[0] * 1000
-    elif kind == "start":
-        site.send(told[0], "new", start_id=f"run of {told[0]}")
+    elif kind in ("start", "anew"):
+        site.send(told[0], "new", **({"start_id": f"run of {told[0]}"} if kind == "start" else {}))
+    elif kind == "brief":
+        site.send(told[0], {"name": "brief", "value": 1, "ttl_ms": told[1] * 1000}, "signal")
+    elif kind == "update":
+        headers = {"kwflow-op": b"update", "kwflow-id": b"the update", "kwflow-request": b"7", "kwflow-reply-to": b"0/client"}
+        site.engine.append(site.config.resume_topic, told[0].encode(), b'{"name":"u","value":1}', tuple(headers.items()))
     elif kind in ("say", "later"):
         site.say(told[0], told[1] if kind == "say" else "x", work=kind == "say")
     elif kind == "answer":
@@ -68,7 +90,7 @@ def do(site: Site, kind: str, *told: Any) -> None:
         if waits:
             site.send(told[0], {"ref": waits[told[1] % len(waits)], "value": "ok"})
     else:
-        site.send(told[0], {"rewind": {"to": told[-1]}, "fork": {"id": f"fork of {told[0]}"}}.get(kind), kind)
+        site.send(told[0], {"rewind": {"to": told[-1]}, "fork": {"id": f"fork of {told[0]}", "at": told[-1]}}.get(kind, {}), kind)
 
 
 def left(site: Site) -> Any:
@@ -78,11 +100,16 @@ def left(site: Site) -> Any:
         if data.startswith(b"KWF1"):
             header = snapshot.read_header(data)
             waits = [(wait["kind"], wait.get("name"), wait.get("attempt")) for wait in header["waits"]]
-            instances[key] = header["status"], waits, *(header.get(name) for name in ("checkpoints", "outcome", "mailbox")), header.get("parked", {}).get("reason")
+            instances[key] = header["status"], waits, *(header.get(name) for name in ("checkpoints", "outcome", "mailbox", "updates")), header.get("parked", {}).get("reason")
         elif (kind := key.split(b"\0")[1]) not in MADE_ANEW:
             others[kind] += 1
     due = [timers.due_entries(key)[0] for key, _ in EmbeddedStore(site.engine.db, site.config.timers_changelog_topic).scan(timers.DUE)]
     return instances, others, due
+
+
+def told(site: Site) -> Counter[Any]:
+    """What it has told others: outcomes, and replies to updates."""
+    return Counter((topic, record.key, record.value) for topic in (site.config.result_topic, site.config.error_topic, site.config.reply_topic) for record in site.engine.read(topic))
 
 
 def moved(site: Site) -> Site:
@@ -100,19 +127,22 @@ def test_the_same_becomes_of_workflows_that_move_and_of_those_that_stay(tmp_path
     ops: list[Op] = [("start", "a"), ("start", "b"), *(drawn(chance) for _ in range(45))]
     stays, moves = Site(tmp_path / "stays", Clock(), SOURCE), Site(tmp_path / "moves", Clock(), SOURCE)
     called: set[bytes] = set()
+    told_before = Counter[Any]()
     try:
         for number, op in enumerate(ops):
             before = {key for key in moves.state() if key.startswith(dispatch.PREFIX)}
             for site in (stays, moves):
                 do(site, *op)
             if chance.random() < 0.4:
+                told_before += told(moves)
                 moves = moved(moves)
             stays.work()
             moves.work()
             assert left(moves) == left(stays), f"after {ops[: number + 1]}"
             new = {key for key in moves.state() if key.startswith(dispatch.PREFIX)} - before
-            assert op[0] == "rewind" or not called & new, "no call has the ref, and so the idempotency key, of an earlier one"
+            assert op[0] in ("rewind", "fork") or not called & new, "no call has the ref, and so the idempotency key, of an earlier one"
             called |= new
+        assert told_before + told(moves) == told(stays)
     finally:
         stays.close()
         moves.close()
