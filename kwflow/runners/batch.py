@@ -13,12 +13,12 @@ from typing import Any
 import msgspec
 
 from kwflow import api
-from kwflow.core import children, messages, snapshot, wire
+from kwflow.core import children, messages, queues, snapshot, wire
 from kwflow.core.contract import Context, Ended, Save, Transition
 from kwflow.core.dispatch import Dispatch, Withdraw, decode, size_of, state_key
 from kwflow.core.instance import Instance
 from kwflow.core.step import applied_before, step
-from kwflow.core.wire import Record
+from kwflow.core.wire import Output, Record
 from kwflow.durable import culprit
 from kwflow.durable.registry import Module
 from kwflow.errors import CorruptSnapshotError, KwflowBug, ProtocolError, SnapshotError, StepTimeout
@@ -91,8 +91,10 @@ class WorkflowBatch:
                 break
         for key in list(self.live):
             self._save(key)
-        for made in self.made:  # only now, as a step that was repeated may have dispatched something else
+        for number, made in enumerate(self.made):  # only now, as a step that was repeated may have dispatched something else
             if made.dispatch:
+                if told := self.withdrawn(made.dispatch):
+                    self.made[number] = msgspec.structs.replace(made, outputs=(*told, *made.outputs))
                 keep(self.state, made.dispatch)
         self._keep_code()
         return self.made
@@ -360,6 +362,18 @@ class WorkflowBatch:
         made = {item.ref: item for item in self._calling(name) if isinstance(item, Dispatch)}
         stored = {ref: self.state.get(state_key(name, ref)) for ref in refs}
         return {ref: _decoded(data) if data is not None else made.get(ref) for ref, data in stored.items()}
+
+    def withdrawn(self, items: Sequence[object]) -> list[Output]:
+        """The records that withdraw calls from the queues into which they came by a move; only where the state was moved there are such calls."""
+        found = list[Output]()
+        if not (self.context.queues and self.context.moves):
+            return found
+        for item in items:
+            stored = self.state.get(state_key(item.workflow_id, item.ref)) if isinstance(item, Withdraw) else None
+            call = _decoded(stored) if stored is not None else None
+            if call is not None and call.queue:
+                found.append(Output(call.queue, queues.key_of(call.workflow_id, call.ref), None, call.headers))
+        return found
 
     def put(self, key: bytes, data: bytes, modules: Sequence[Module] = ()) -> None:
         """Save an instance that no step has changed, and charge it to the budget: each fork is as large as its original."""

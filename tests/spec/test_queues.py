@@ -15,6 +15,7 @@ from kwflow.core import queues
 from kwflow.core.dispatch import PREFIX, Dispatch, Withdraw, state_key
 from kwflow.core.wire import Record
 from kwflow.errors import ProtocolError
+from kwflow.runners.moved import MOVES
 from kwflow.testing import WorkflowTester
 from tests.spec.test_checkpoints_attacked import Partition
 
@@ -191,14 +192,13 @@ def test_reading_is_total(key: bytes | None, value: bytes | None) -> None:
         pass
 
 
-@pytest.mark.parametrize(("op", "value"), [("fork", {"id": "w2"}), ("rewind", {"to": 1})])
-def test_a_call_of_a_queue_that_an_engine_without_workers_has_stored_is_handed_out_when_it_is_made_again(op: str, value: Any) -> None:
-    """Decision 0065: from there the state has moved to Kafka, and no engine has what a worker has."""
+def moved_into_a_queue() -> Partition:
+    """An instance whose call an engine without workers had stored, in an engine that has workers."""
     site = Partition("""
 from tests.spec.test_checkpoints_attacked import checkpoint_attack_print
 def main(o):
     yield kw.wait_signal("go")
-    yield checkpoint_attack_print(1)
+    yield kw.race([checkpoint_attack_print(1), kw.wait_signal("enough")])
     while True:
         yield kw.wait_signal("said")
 main.kwflow_checkpoints = 5
@@ -207,10 +207,27 @@ main.kwflow_checkpoints = 5
     site.processor.queues = False
     site.send("signal", {"name": "go", "value": 1})
     site.processor.queues = True
+    site.store.entries[MOVES] = b"1"
+    return site
+
+
+@pytest.mark.parametrize(("op", "value"), [("terminate", {"reason": ""}), ("rewind", {"to": 0}), ("signal", {"name": "enough", "value": 1}), ("cancel", {"reason": ""})])
+def test_such_a_call_is_withdrawn_from_its_queue_when_nobody_waits_for_it_any_more(op: str, value: Any) -> None:
+    """M6.6: a worker that has not begun it does not begin it."""
+    site = moved_into_a_queue()
+    made = site.send(op, value)
+    assert [(output.key, output.value) for output in made.outputs if output.topic == "checkpoint-attack"] == [(b"w|2:1", None)]
+    assert state_key("w", "2:1") not in site.store.entries
+
+
+@pytest.mark.parametrize(("op", "value"), [("fork", {"id": "w2"}), ("rewind", {"to": 1})])
+def test_a_call_of_a_queue_that_an_engine_without_workers_has_stored_is_handed_out_when_it_is_made_again(op: str, value: Any) -> None:
+    """Decision 0065: from there the state has moved to Kafka, and no engine has what a worker has."""
+    site = moved_into_a_queue()
     if op == "rewind":
         site.send("answer", {"ref": "2:1", "value": None})
     made = site.send(op, value)
     id = value.get("id", "w")
-    [called] = [output for output in made.outputs if output.topic == "checkpoint-attack"]
+    [called] = [output for output in made.outputs if output.topic == "checkpoint-attack" and output.value is not None]
     assert called.key == f"{id}|2:1".encode() and b"page" in (called.value or b"")
     assert state_key(id, "2:1") in site.store.entries, "from there, the next export has it"

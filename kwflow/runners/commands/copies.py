@@ -100,7 +100,7 @@ def rewind(batch: Batch, name: str, header: dict[str, Any], record: Record, comm
         data = snapshot.park(data, {}, reason, message, mark["offset"], keys)
     batch.put(key, data)
     replies = tuple(wire.reply_output(batch.config.reply_topic, reply) for reply in rewound.replies)
-    told = Decision(rewound.outputs, (f"{name}: put back to checkpoint {command.arguments.to}",), replies=replies, dispatch=rewound.dispatch)
+    told = Decision((*batch.withdrawn(rewound.dispatch), *rewound.outputs), (f"{name}: put back to checkpoint {command.arguments.to}",), replies=replies, dispatch=rewound.dispatch)
     keep(batch.state, told.dispatch)  # a state that the records on hold replace is kept with these calls
     if not parked.has_failed(header):
         return done(batch, name, record, command, "ok", [told])

@@ -9,7 +9,7 @@ from kwflow.config import Config
 from kwflow.core import messages, snapshot
 from kwflow.core.contract import Context
 from kwflow.core.dispatch import Dispatch
-from kwflow.core.wire import Command, Record
+from kwflow.core.wire import Command, Output, Record
 from kwflow.durable.registry import Module
 from kwflow.durable.versions import Sources
 from kwflow.errors import SnapshotError
@@ -35,6 +35,9 @@ class Batch(Protocol):
 
     def calls(self, name: str, refs: Sequence[str]) -> dict[str, Dispatch | None]:
         """The activity calls behind these waits, by ref; None for a call that is not stored here."""
+
+    def withdrawn(self, items: Sequence[object]) -> list[Output]:
+        """The records that withdraw these calls from queues into which they came by a move."""
 
     def put(self, key: bytes, data: bytes, modules: Sequence[Module] = ()) -> None:
         """Save an instance in the place of a step; `modules` are the versions that its snapshot names, if they are not those it named before."""
