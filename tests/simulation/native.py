@@ -699,8 +699,12 @@ class Instance:
         for update in list(self.open):
             self.answer_update(update, "ended", None)
         self.closing = True
+        cleaning: list[Wait] = [one for one in self.tasks if one.cancelled_in]
+        for wait in cleaning:  # the list grows during the loop
+            below = wait.parts if isinstance(wait, Several) else [wait.on] if isinstance(wait, Task) and wait.on is not None else []
+            cleaning += [one for one in below if not one.state and one not in cleaning]
         for one in list(self.tasks):
-            if not one.state and not one.cancelled_in and not one.shielded:
+            if not one.state and one not in cleaning and not one.shielded:
                 self.cancel([one])
         self.cancel([wait for wait in list(self.waits.values()) if wait.outside and not wait.waiters])
 
