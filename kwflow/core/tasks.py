@@ -289,7 +289,8 @@ class Timeout(Combinator):
         if child is self.children[0]:
             return child.state, child.value
         if child.state == OK:
-            return FAILED, TimeoutError("kw.timeout")
+            timer: Any = self.children[1]
+            return FAILED, TimeoutError(f"kw.timeout: not done within {timer.delay_ms / 1000:.15g} s")
         return None if isinstance(child.value, Cancelled) else (FAILED, child.value)
 
 

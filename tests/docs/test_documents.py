@@ -48,7 +48,7 @@ def test_the_example_of_the_readme_does_what_it_says() -> None:
     assert tester.result("a") == {"budget": True, "legal": True}
     tester.start("b")
     tester.advance(86_400)
-    assert tester.values("workflow-error") == ["TimeoutError: kw.timeout"]
+    assert tester.values("workflow-error") == ["TimeoutError: kw.timeout: not done within 86400 s"]
 
 
 LIBRARY = """

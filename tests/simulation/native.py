@@ -97,9 +97,9 @@ class Task(Wait):
 class Several(Wait):
     """A combinator.  `kind` is all, race, timeout or shield; `own` has the parts that are cancelled in the end, None means all."""
 
-    def __init__(self, kind: str, parts: list[Wait], keys: list[Any] | None = None, wait_rest: bool = False, own: list[Wait] | None = None) -> None:
+    def __init__(self, kind: str, parts: list[Wait], keys: list[Any] | None = None, wait_rest: bool = False, own: list[Wait] | None = None, seconds: float = 0) -> None:
         super().__init__()
-        self.own = own
+        self.own, self.seconds = own, seconds
         self.kind, self.parts, self.keys, self.wait_rest = kind, list(dict.fromkeys(parts)), keys, wait_rest
         self.inputs, self.decided, self.held = parts, None, False
 
@@ -107,7 +107,7 @@ class Several(Wait):
         if self.kind == "shield":
             return (FAILED, Cancelled()) if self.held else (part.state, part.value)
         if self.kind == "timeout" and part is not self.inputs[0]:
-            return (FAILED, TimeoutError("kw.timeout")) if part.state == OK else None
+            return (FAILED, TimeoutError(f"kw.timeout: not done within {self.seconds:.15g} s")) if part.state == OK else None
         if part.state == FAILED or self.kind == "timeout":
             return part.state, part.value
         if self.kind == "all":
@@ -190,7 +190,7 @@ class Kw:
         return running().combine(Several("race", parts, keys, wait_rest, own))
 
     def timeout(self, item: Any, seconds: float) -> Wait:
-        return running().combine(Several("timeout", [running().started(item), self.sleep(seconds)]))
+        return running().combine(Several("timeout", [running().started(item), self.sleep(seconds)], seconds=seconds))
 
     def shield(self, gen: Any) -> Wait:
         task = running().adopt(gen)

@@ -158,7 +158,7 @@ def test_polling_gives_up_and_stops_the_job() -> None:
     w.fake("export_state", lambda job: module.Export("queued"))
     w.start("w", {"table": "t", "hours": 1})
     w.finish("w")
-    assert w.values("workflow-error") == ["TimeoutError: kw.timeout"]
+    assert w.values("workflow-error") == ["TimeoutError: kw.timeout: not done within 3600 s"]
     assert called(w)[-1] == "stop_export"
     assert len(w.calls) < 30, "pauses grow to five minutes"
 
