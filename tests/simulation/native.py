@@ -189,8 +189,8 @@ class Kw:
         own = None if cancel_rest else [part for part, item in zip(parts, given, strict=True) if isinstance(item, Inbox)]
         return running().combine(Several("race", parts, keys, wait_rest, own))
 
-    def timeout(self, item: Any, seconds: float) -> Wait:
-        return running().combine(Several("timeout", [running().started(item), self.sleep(seconds)], seconds=seconds))
+    def timeout(self, item: Any, seconds: float, wait_rest: bool = False) -> Wait:
+        return running().combine(Several("timeout", [running().started(item), self.sleep(seconds)], wait_rest=wait_rest, seconds=seconds))
 
     def shield(self, gen: Any) -> Wait:
         task = running().adopt(gen)

@@ -445,6 +445,16 @@ def _last_heartbeat_is_not_sent() -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(Heart, "flush", lambda *_: None)
 
 
+class Cleans(World):
+    """Many programs have cleanups that wait."""
+
+    clean_share = 0.6
+
+
+def _cleanups_lose_what_they_wait_for() -> contextlib.AbstractContextManager[Any]:
+    return mock.patch.object(Machine, "_cleaning", lambda self: {task for task in self.instance.tasks.values() if task.cancel_step})
+
+
 class GoesBack(World):
     rewind_shares = (0.3,)
 
@@ -503,6 +513,7 @@ SHARED = [
     Planted("semantics 1.5", "wait_rest waits for nobody", patch=lambda: mock.patch.object(Machine, "_joins", lambda *_: False), first=6),
     Planted("semantics 1.8", "a timer that is left is not cancelled", patch=lambda: mock.patch.dict(step._TELL, {"timer": lambda *_: None})),
     Planted("semantics 2.4", "what goes on when main has ended is not cancelled", patch=_nobody_is_told_of_the_end, first=7),
+    Planted("semantics 2.4", "the end of main cancels what a cleanup waits for", world=Cleans, patch=_cleanups_lose_what_they_wait_for),
     Planted("M5", "a parent is told that its child was cancelled when it failed", patch=_failures_are_cancellations, first=4),
     Planted("M6", "activities are not tried again", patch=lambda: mock.patch.object(Retry, "pause_s", lambda *_: None), first=1),
     Planted("0063", "an attempt does not hand its heartbeat details on to the next", patch=lambda: mock.patch.dict(flows.attempts(True).__globals__, heartbeat_of=lambda _: None), first=1),

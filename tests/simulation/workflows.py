@@ -49,9 +49,9 @@ def first(*nodes):
     return (yield kw.race([run(node) for node in nodes], wait_rest=len(nodes) > 2))
 
 
-def limit(node, seconds):
+def limit(node, seconds, wait_rest=False):
     try:
-        return (yield kw.timeout(run(node), seconds))
+        return (yield kw.timeout(run(node), seconds, wait_rest=wait_rest))
     except TimeoutError:
         say("late")
         return "late"
@@ -90,6 +90,15 @@ def rescue(node):
     except Exception as error:
         say("rescued", type(error).__name__)
         return "rescued"
+
+
+def undo(node, cleanup):
+    """However this ends, something that waits, too, is done then."""
+    try:
+        return (yield run(node))
+    finally:
+        done = yield run(cleanup)
+        say("undone", json.dumps(done))
 
 
 def saga(*tags):
@@ -235,7 +244,8 @@ def account():
 
 NODES = {
     "account": account, "all": every, "ask": ask, "call": call, "child": child, "fail": fail, "hear": hear, "huge": huge, "judge": judge, "kid": kid, "kill": kill, "large": large,
-    "limit": limit, "lock": lock, "note": note, "race": first, "rescue": rescue, "saga": saga, "sequence": sequence, "shield": shield, "sleep": sleep, "stop": stop, "stuck": stuck, "tell": tell,
+    "limit": limit, "lock": lock, "note": note, "race": first, "rescue": rescue, "saga": saga, "sequence": sequence, "shield": shield, "sleep": sleep, "stop": stop, "stuck": stuck,
+    "tell": tell, "undo": undo,
 }  # fmt: skip
 
 

@@ -70,6 +70,17 @@ def with_queues(chance: random.Random, made: Node) -> Node:
     return made
 
 
+def with_cleanups(chance: random.Random, made: Node) -> Node:
+    """Combine a program with one whose cleanup waits: for a part that ends, for one that is cancelled, or for what the end of main meets in the middle of it."""
+    below = lambda: program(chance, 1)
+    undo = ["undo", below(), chance.choice([below(), ["all", below(), below()], ["limit", below(), 20.0], ["child", below(), ["sleep", 0.5]]])]
+    seconds = round(4 * chance.random(), 3)
+    return chance.choice([
+        ["sequence", ["limit", undo, seconds], made], ["sequence", ["limit", undo, seconds, True], made], ["sequence", ["stop", undo, ["sleep", seconds]], made],
+        ["limit", undo, seconds], ["race", undo, ["sleep", seconds]], ["race", undo, made], ["all", undo, ["fail", "as told"]], ["all", undo, made],
+    ])  # fmt: skip
+
+
 class Clients:
     """An actor that sends records; in calm times it answers every question and settles every parked instance."""
 
@@ -92,6 +103,8 @@ class Clients:
         self._rewound: set[str] = set()
         self._telling = random.Random(f"signals {world.seed}")  # also a stream of its own
         self._tell_share = self._telling.choice([0, 0, 0.3])
+        self._cleaning = random.Random(f"cleanups {world.seed}")  # also a stream of its own
+        self._clean_share = self._cleaning.choice([0, 0, 0, 0.4]) if world.clean_share is None else world.clean_share
         self._queueing = random.Random(f"queues {world.seed}")  # also a stream of its own
         self._timers = 0
         self._read: dict[tuple[str, int], int] = {}
@@ -182,6 +195,8 @@ class Clients:
             made = self._with_signals(made)
         if self.world.queues and self._queueing.random() < 0.5:
             made = with_queues(self._queueing, made)
+        if self._cleaning.random() < self._clean_share and made != ["kill"]:
+            made = with_cleanups(self._cleaning, made)
         headers = (("trace", f"t{self.chance.randrange(10)}"),) if self.chance.random() < 0.3 else ()
         headers += (("kwflow-start-id", f"start-{id}"),) if self.chance.random() < 0.3 else ()
         partition = -1
