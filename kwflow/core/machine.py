@@ -262,7 +262,8 @@ class Machine:
                 raise KwflowBug(f"{item!r} settled twice")
             item.state, item.value = item_state, item_value
             if isinstance(item, Suspension):
-                self._join_dirty = self._join_dirty or bool(self.instance.joins)
+                if self.instance.joins:
+                    self._join_dirty = True
                 if self.instance.waits.get(item.ref) is item:
                     del self.instance.waits[item.ref]
             waiters, item.waiters = item.waiters, []

@@ -140,6 +140,7 @@ def test_the_same_becomes_of_workflows_that_move_and_of_those_that_stay(tmp_path
             moves.work()
             assert left(moves) == left(stays), f"after {ops[: number + 1]}"
             new = {key for key in moves.state() if key.startswith(dispatch.PREFIX)} - before
+            # a rewind makes a call again, and so does a fork under the id of an earlier one, each under its old key
             assert op[0] in ("rewind", "fork") or not called & new, "no call has the ref, and so the idempotency key, of an earlier one"
             called |= new
         assert told_before + told(moves) == told(stays)

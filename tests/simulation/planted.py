@@ -448,7 +448,7 @@ def _last_heartbeat_is_not_sent() -> contextlib.AbstractContextManager[Any]:
 class Cleans(World):
     """Many programs have cleanups that wait."""
 
-    clean_share = 0.6
+    clean_shares = (0.6,)
 
 
 def _cleanups_lose_what_they_wait_for() -> contextlib.AbstractContextManager[Any]:

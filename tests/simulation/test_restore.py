@@ -349,7 +349,7 @@ def made_again(lab: Lab) -> None:
 
 
 def test_a_partition_whose_topic_was_created_again_counts_that_so_that_a_new_run_repeats_no_key_of_an_earlier_one(lab: Lab) -> None:
-    """0064: what calls an activity has the offset in its idempotency key, and offsets begin anew. The count is in the first transaction, whichever that is."""
+    """0064: what calls an activity has the offset in its idempotency key, and offsets begin anew."""
     lab.send("workflow-resume", "w", "new:{}", **{"kwflow-workflow": "late"})
     first = lab.engine("one")
     turn(first, lambda: first.owned and first.owned[0].position == 1)

@@ -104,7 +104,7 @@ class Clients:
         self._telling = random.Random(f"signals {world.seed}")  # also a stream of its own
         self._tell_share = self._telling.choice([0, 0, 0.3])
         self._cleaning = random.Random(f"cleanups {world.seed}")  # also a stream of its own
-        self._clean_share = self._cleaning.choice([0, 0, 0, 0.4]) if world.clean_share is None else world.clean_share
+        self._clean_share = self._cleaning.choice(world.clean_shares)
         self._queueing = random.Random(f"queues {world.seed}")  # also a stream of its own
         self._timers = 0
         self._read: dict[tuple[str, int], int] = {}

@@ -216,6 +216,7 @@ async def first(inbox, count):
 
 BELOW_ACTIVITIES = """
 import asyncio
+from kwflow import durable
 seen = []
 
 @contextlib.asynccontextmanager
@@ -265,7 +266,7 @@ async def all_of_it():
         seen.append(x)
     return first, more
 
-@kw.durable.native
+@durable.native
 async def native():
     yield await asyncio.sleep(0, "native")
 

@@ -371,7 +371,7 @@ def _binding(name: str, value: ast.expr, ifs: Any = ()) -> ast.comprehension:
 
 
 def _native(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether the function is opted out by `@durable.native`, `@kw.durable.native` or `@native`, or runs outside steps: activities, their batches and feeds."""
+    """Whether the function is opted out by `@durable.native` or `@native`, or runs outside steps: activities, their batches and feeds."""
     for decorator in node.decorator_list:
         name = decorator.func if isinstance(decorator, ast.Call) else decorator
         last = name.attr if isinstance(name, ast.Attribute) else name.id if isinstance(name, ast.Name) else ""

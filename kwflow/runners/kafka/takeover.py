@@ -396,6 +396,7 @@ class Takeover:
             member.on_log(f"{member.group}: owns {self._topic}[{number}] from {partition.position}")
 
     def _position_of(self, store: PartitionStore | NoStore, where: str) -> Position | None:
+        """The position beside the state; None if there is none, or if nobody can read it and that is accepted.  Raises TransportError."""
         try:
             return position_of(store.get(POSITION), where)
         except TransportError:

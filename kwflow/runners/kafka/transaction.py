@@ -28,7 +28,7 @@ from kwflow.runners.stats import Stats
 
 __all__ = ["Aborted", "Batch", "Rejected", "Transactions"]
 
-Report = Callable[[KafkaError | None, Message], None]
+_Report = Callable[[KafkaError | None, Message], None]
 
 _REJECTED = {
     KafkaError.MSG_SIZE_TOO_LARGE,
@@ -166,7 +166,7 @@ class Transactions:
         return producer
 
     def _produce(
-        self, reports: _Reports, topic: str, value: bytes | None, key: bytes | None, partition: int | None, report: Report, headers: Headers = (), timestamp_ms: int | None = None
+        self, reports: _Reports, topic: str, value: bytes | None, key: bytes | None, partition: int | None, report: _Report, headers: Headers = (), timestamp_ms: int | None = None
     ) -> None:
         encrypted, sent = self.member.encryption.encrypt(topic, value, headers)
         more: dict[str, Any] = {}  # what few records have
