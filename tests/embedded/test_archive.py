@@ -24,7 +24,9 @@ from kwflow.runners.embedded.moving import bring, take
 from kwflow.runners.embedded.state import EmbeddedStore
 from kwflow.runners.hosted import processors_of
 from kwflow.runners.kafka.moving import _OpenCalls
+from kwflow.runners.kafka.stopped import Stopped
 from kwflow.runners.letters import letters_of, settle
+from kwflow.testing.kafka import Broker, SimulatedEnvironment
 from tests.embedded.shell import Shell
 
 SOURCE = """
@@ -363,9 +365,9 @@ def test_calls_that_a_forged_header_has_do_not_end_an_export(open_site: Callable
     [wait] = site.header("w")["waits"]
     forged = snapshot.amend(site.state()[b"w"], (), calls=calls, waits=[wait | {"kind": "job", "queue": "q"}])
     left_out: list[str] = []
-    found = _OpenCalls(site.config)
+    found = _OpenCalls(Stopped(site.config, SimulatedEnvironment(Broker())))
     found.see({b"w": forged})
-    assert list(found.found({}, left_out)) == []
+    assert list(found.found(left_out)) == []
     assert left_out == ["the call w|1:1 is no longer in q: its workflow waits for it until its timeout"]
 
 

@@ -20,7 +20,8 @@ from kwflow.core import snapshot
 from kwflow.errors import UsageError
 from kwflow.runners import archive
 from kwflow.runners.embedded.state import EmbeddedStore
-from kwflow.runners.kafka import moving, upkeep
+from kwflow.runners.kafka import moving
+from kwflow.runners.kafka.stopped import Stopped
 from tests import commands
 from tests.embedded.test_archive import Clock
 from tests.embedded.test_archive import Site as Embedding
@@ -29,7 +30,7 @@ from tests.waiting import until
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
 
-KILLS = 5
+KILLS = 2  # tests/simulation/test_stopped.py lets it die everywhere
 WEEK_MS = 7 * 86_400_000  # a broker's retention
 MODULE = """
 import os, pathlib, time
@@ -268,24 +269,24 @@ def test_an_import_beside_an_engine_that_has_started_meanwhile_is_refused(moves:
     site.until(lambda: waits(site, "w") == ["signal"])
 
 
-def test_an_export_during_which_an_engine_ran_is_removed(moves: Moves, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_archive_is_written_of_an_application_whose_engine_ran_meanwhile(moves: Moves, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if it has stopped again: of some partitions the archive has the state before it ran, of others that after it."""
     site, file, waiting = moves.site("first", 2), moves.directory / "one.kwflow", moving._waiting
     site.producer.produce(f"{site.application}-dead-letter", b"{", b"w", headers={"kwflow-error-reason": b"bad-json"})
     site.run("start", "w")
 
-    def waiting_late(*told: Any) -> Any:
+    def waiting_late(stopped: Stopped) -> Any:
         engine = site.engine("one", moves.module)
         site.until(lambda: waits(site, "w") == ["signal"])
         engine.terminate()
         assert engine.wait(30) == 0
-        upkeep.standing_still(told[1], told[0])
-        return waiting(*told)
+        stopped.wait()
+        return waiting(stopped)
 
     for name, value in site.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(moving, "_waiting", waiting_late)
-    with pytest.raises(UsageError, match="ran meanwhile; the archive was removed"):
+    with pytest.raises(UsageError, match="ran meanwhile; no archive was written"):
         moving.take(load_config(None), file)
     assert not file.exists()
 

@@ -18,6 +18,8 @@ from kwflow.runners.code import WRITTEN
 from kwflow.runners.ended import EXPIRES, FORGOTTEN
 from kwflow.runners.kafka import link as kafka_link
 from kwflow.runners.kafka import topics, upkeep
+from kwflow.runners.kafka.environment import LIVE
+from kwflow.runners.kafka.stopped import Stopped
 from kwflow.runners.parked import HOLD
 from tests.integration.lab import Lab, turn
 from tests.integration.site import Site, answer, refs
@@ -179,13 +181,13 @@ def test_a_reset_that_could_not_set_an_offset_says_so(lab: Lab) -> None:
 
 def test_what_a_group_has_forgotten_is_known_from_the_state_when_partitions_are_added(lab: Lab) -> None:
     """K16: offsets expire after a week without an engine. Applied records counted as waiting, for ever."""
-    config, admin = lab.config("one"), topics.admin(lab.config("one"))
+    config, stopped = lab.config("one"), Stopped(lab.config("one"), LIVE)
     engine = lab.engine("one")
     lab.send("resume", "w", "new:{}")
     turn(engine, lambda: engine.owned and engine.owned[0].position == 1)
     engine.run(lambda: True)
-    upkeep.standing_still(admin, config)
-    [done] = admin.delete_consumer_groups([config.application_id]).values()
+    stopped.wait()
+    [done] = stopped.admin.delete_consumer_groups([config.application_id]).values()
     done.result(10)
     upkeep.migrate(config, 2, lambda _: None)
     engine = lab.engine("one")

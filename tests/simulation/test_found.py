@@ -47,6 +47,10 @@ def twice(opts):
 def late(opts):
     yield kw.timeout(kw.suspend("never"), 10)
 
+def told(opts):
+    while (said := (yield kw.wait_signal("say"))) != "end":
+        kw.output(said, "found-out")
+
 def handled(opts):
     try:
         raise ValueError("mine")
@@ -107,8 +111,8 @@ class Losing(Host):
 class Lab:
     """One application on a simulated broker. Its runners move turn by turn."""
 
-    def __init__(self, directory: pathlib.Path, partitions: int = 1) -> None:
-        self.broker = Broker()
+    def __init__(self, directory: pathlib.Path, partitions: int = 1, seed: int = 0) -> None:
+        self.broker = Broker(seed=seed)
         self.directory = directory
         self.partitions = partitions
         self.module = durable.load_source("found_workflows", SOURCE, "found_workflows.py")
@@ -120,16 +124,16 @@ class Lab:
         self.disks: dict[str, Disk] = {}
         self.hosts: dict[str, Losing] = {}
 
-    def config(self, name: str, **limits: int) -> Config:
+    def config(self, name: str, **limits: Any) -> Config:
         return Config(application_id="found", state_dir=self.directory / name, instance_id=name, **limits)
 
-    def engine(self, name: str, environment: type[SimulatedEnvironment] = SimulatedEnvironment, **limits: int) -> KafkaRunner:
+    def engine(self, name: str, environment: type[SimulatedEnvironment] = SimulatedEnvironment, **limits: Any) -> KafkaRunner:
         config = self.config(name, **limits)
-        functions = {function: getattr(self.module, function) for function in ("main", "large", "big", "twice", "late", "handled", "stopped")}
+        functions = {function: getattr(self.module, function) for function in ("main", "large", "big", "twice", "late", "told", "handled", "stopped")}
         return self._made(name, config, "found", lambda incarnation: WorkflowProcessor(config, Workflows(functions, "main"), frozenset({"found-out"}), incarnation), environment)
 
-    def scheduler(self, name: str) -> KafkaRunner:
-        config = self.config(name)
+    def scheduler(self, name: str, **limits: Any) -> KafkaRunner:
+        config = self.config(name, **limits)
         return self._made(name, config, "found-scheduler", lambda _: TimerProcessor(config))
 
     def _made(self, name: str, config: Config, group: str, make: Any, environment: type[SimulatedEnvironment] = SimulatedEnvironment) -> KafkaRunner:

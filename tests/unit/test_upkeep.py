@@ -17,10 +17,11 @@ from kwflow.runners.activities.dispatch import keep
 from kwflow.runners.code import WRITTEN
 from kwflow.runners.ended import FORGOTTEN, EndedTable
 from kwflow.runners.kafka.state import POSITION
-from kwflow.runners.kafka.upkeep import _asked
+from kwflow.runners.kafka.stopped import Stopped
 from kwflow.runners.moved import home_of
 from kwflow.runners.overlay import Overlay
 from kwflow.testing import MemoryStore
+from kwflow.testing.kafka import Broker, SimulatedEnvironment
 
 
 def test_what_is_kept_of_an_instance_or_a_timer_moves_with_its_key() -> None:
@@ -40,9 +41,9 @@ def test_what_each_partition_has_of_its_own_stays() -> None:
     assert [home_of(key) for key in (POSITION, FORGOTTEN, timers.COUNT, WRITTEN + b"orders@ab12")] == [None] * 4
 
 
-def test_a_question_about_groups_is_asked_again_while_the_coordinator_loads_and_no_other_error_is_hidden() -> None:
+def test_a_question_about_groups_is_asked_again_while_the_coordinator_loads_or_a_transaction_ends_and_no_other_error_is_hidden() -> None:
     """Found in a rolling restart: the answer may say so as a whole, or for one partition."""
-    loading, denied = KafkaError(KafkaError.COORDINATOR_LOAD_IN_PROGRESS), KafkaError(KafkaError.GROUP_AUTHORIZATION_FAILED, "not you")
+    loading, ending, denied = KafkaError(KafkaError.COORDINATOR_LOAD_IN_PROGRESS), KafkaError(KafkaError.UNSTABLE_OFFSET_COMMIT), KafkaError(KafkaError.GROUP_AUTHORIZATION_FAILED, "not you")
 
     def places(error: KafkaError | None) -> SimpleNamespace:
         return SimpleNamespace(topic_partitions=[SimpleNamespace(topic="t", partition=0, error=None), SimpleNamespace(topic="t", partition=1, error=error)])
@@ -55,10 +56,11 @@ def test_a_question_about_groups_is_asked_again_while_the_coordinator_loads_and_
             future.set_exception(answer) if isinstance(answer, Exception) else future.set_result(answer)
             return {"group": future}
 
-        return _asked(ask, "read the offsets of g")
+        return Stopped(Config(), SimulatedEnvironment(Broker())).ask(ask, "read the offsets of g")
 
     good = places(None)
     assert asked(KafkaException(loading), places(loading), good) == [good]
+    assert asked(places(ending), good) == [good]
     for wrong in (KafkaException(denied), places(denied)):
         with pytest.raises(TransportError, match=r"cannot read the offsets of g( on t\[1\])?: GROUP_AUTHORIZATION_FAILED: not you"):
             asked(KafkaException(loading), wrong)

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from confluent_kafka import KafkaError, KafkaException, Producer
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import KafkaError, KafkaException
 
 from kwflow.config import Config
 from kwflow.core import dispatch, queues, timers
@@ -24,18 +22,20 @@ from kwflow.core.dispatch import Dispatch
 from kwflow.core.murmur2 import partition_of
 from kwflow.core.wire import Headers
 from kwflow.errors import ProtocolError, SnapshotError, TransportError, UsageError
+from kwflow.ports import Clock
 from kwflow.runners import archive
 from kwflow.runners.archive import CODE, LETTERS, RESUME, SCHEDULER, STATE, TIMERS, Call, Entry, Head, Part, Sent, Tail
 from kwflow.runners.checkpoints import calls_of
+from kwflow.runners.clock import SystemClock
 from kwflow.runners.code import WRITTEN
 from kwflow.runners.ended import FORGOTTEN
 from kwflow.runners.instances import header_of
 from kwflow.runners.kafka import topics
 from kwflow.runners.kafka.encryption import Encryption
-from kwflow.runners.kafka.environment import made
-from kwflow.runners.kafka.link import latest, read
+from kwflow.runners.kafka.environment import LIVE, Environment
 from kwflow.runners.kafka.state import IMPORT, POSITION, Position, importing, position_of
-from kwflow.runners.kafka.upkeep import check_whole, chunks, following, groups_of, nothing_ran_since
+from kwflow.runners.kafka.stopped import Stopped, commit, groups_of
+from kwflow.runners.kafka.upkeep import chunks
 from kwflow.runners.letters import open_in
 from kwflow.runners.moved import MOVES, Due, home_of, moves_of
 
@@ -43,7 +43,6 @@ __all__ = ["bring", "take"]
 
 _OWN = {FORGOTTEN, MOVES, POSITION, timers.COUNT}  # made anew where the state goes
 _TIMEOUT_S = 30
-_COMMIT_S = 60
 _WRITTEN_MAX = 1000  # entries in one transaction
 _NAMED_MAX = 3
 _EVER_MS = (1 << 63) - 1
@@ -52,52 +51,45 @@ _EVER_MS = (1 << 63) - 1
 # -- export ---------------------------------------------------------------------------------------------------------------
 
 
-def take(config: Config, path: Path) -> tuple[dict[str, int], list[str]]:
+def take(config: Config, path: Path, environment: Environment = LIVE, clock: Clock | None = None) -> tuple[dict[str, int], list[str]]:
     """Write the archive of a stopped application.  Return what is in it, and what could not be put into it, as text.  Raises UsageError, TransportError."""
-    admin = topics.admin(config)
-    there = topics.partitions_of(admin, config)
-    _check_topics(config, there)
-    check_nothing_ran = nothing_ran_since(admin, config, there)
+    stopped = Stopped(config, environment)
+    stopped.require(*_topics_of(config))
+    check_nothing_ran = stopped.nothing_ran_since()
     left_out: list[str] = []
     moved = [0]
 
     def made() -> Iterator[Part]:
-        open_calls = _OpenCalls(config)
-        for number in range(there[config.changelog_topic]):
-            state = latest(config, config.changelog_topic, number)  # one partition in memory
-            check_whole(config, state, f"{config.changelog_topic}[{number}]")
+        open_calls = _OpenCalls(stopped)
+        for number in range(stopped.partitions[config.changelog_topic]):
+            state = stopped.latest(config.changelog_topic, number)  # one partition in memory
+            stopped.check_whole(config.changelog_topic, number, state)
             moved.append(moves_of(state.get(MOVES)))
             open_calls.see(state)
             yield from archive.entries(STATE, state.items(), _OWN, left_out)
-        for number in range(there[config.timers_changelog_topic]):
-            yield from archive.entries(TIMERS, latest(config, config.timers_changelog_topic, number).items(), _OWN, left_out)
-        yield from (Entry(CODE, key, value) for key, value in latest(config, config.code_topic).items())
-        yield from open_calls.found(there, left_out)
-        yield from _waiting(config, admin, there)
-        yield from archive.letters(config, read(config, config.dead_letter_topic))
+        for number in range(stopped.partitions[config.timers_changelog_topic]):
+            yield from archive.entries(TIMERS, stopped.latest(config.timers_changelog_topic, number).items(), _OWN, left_out)
+        yield from (Entry(CODE, key, value) for key, value in stopped.latest(config.code_topic, 0).items())
+        yield from open_calls.found(left_out)
+        yield from _waiting(stopped)
+        yield from archive.letters(config, stopped.read(config.dead_letter_topic))
+        try:
+            check_nothing_ran()
+        except UsageError as error:
+            raise UsageError(f"{error}; no archive was written, as it might be neither the state before nor the state after that") from None
 
-    counts = archive.write(path, config, made(), lambda: max(moved), time.time_ns() // 1_000_000)
-    try:
-        check_nothing_ran()
-    except UsageError as error:
-        path.unlink()
-        raise UsageError(f"{error}; the archive was removed, as it may be neither the state before nor the state after that") from None
-    return counts, left_out
+    return archive.write(path, config, made(), lambda: max(moved), (clock or SystemClock()).now_ms()), left_out
 
 
-def _check_topics(config: Config, there: Mapping[str, int], more: Iterable[str] = ()) -> None:
-    pairs = groups_of(config).values()
-    needed = [*(topic for pair in pairs for topic in pair), config.code_topic, config.dead_letter_topic, *more]
-    missing = [topic for topic in needed if topic not in there]
-    if missing:
-        raise UsageError(f"{config.bootstrap_servers} has no topic {', '.join(missing)}; create what is missing with kwflow topics create (is --application-id right?)")
+def _topics_of(config: Config) -> list[str]:
+    return [*(topic for pair in groups_of(config).values() for topic in pair), config.code_topic, config.dead_letter_topic]
 
 
 class _OpenCalls:
     """The calls in queues that instances wait for.  A queue has them, or it has deleted them; of workflows with checkpoints the header has them, too."""
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, stopped: Stopped) -> None:
+        self._stopped = stopped
         self._wanted = dict[str, dict[bytes, Call | None]]()
 
     def see(self, state: Mapping[bytes, bytes]) -> None:
@@ -113,10 +105,10 @@ class _OpenCalls:
                         own = kept.get(wait["ref"])
                         self._wanted.setdefault(wait["queue"], {})[queues.key_of(header["id"], wait["ref"])] = Call(wait["queue"], own) if own is not None else None
 
-    def found(self, there: Collection[str], left_out: list[str]) -> Iterator[Call]:
+    def found(self, left_out: list[str]) -> Iterator[Call]:
         for queue, wanted in self._wanted.items():
-            for record in read(self._config, queue) if queue in there else ():
-                if record.key in wanted and (call := _read(self._config, record)) is not None:
+            for record in self._stopped.read(queue) if queue in self._stopped.partitions else ():
+                if record.key in wanted and (call := _read(self._stopped.config, record)) is not None:
                     wanted[record.key] = Call(queue, call)
             yield from (call for call in wanted.values() if call is not None)
             left_out += [f"the call {key.decode()} is no longer in {queue}: its workflow waits for it until its timeout" for key, call in wanted.items() if call is None]
@@ -130,31 +122,30 @@ def _read(config: Config, record: Any) -> Dispatch | None:
     return asked if isinstance(asked, Dispatch) else None
 
 
-def _waiting(config: Config, admin: AdminClient, there: Mapping[str, int]) -> Iterator[Sent]:
+def _waiting(stopped: Stopped) -> Iterator[Sent]:
     """The records that were not applied yet."""
-    for group, (source, changelog) in groups_of(config).items():
-        role = RESUME if source == config.resume_topic else SCHEDULER
-        for number, start in following(config, admin, group, source, changelog, there[source]).items():
-            yield from (Sent(role, record.key, record.value, record.headers, record.timestamp_ms) for record in read(config, source, number, start))
+    for group, (source, _) in groups_of(stopped.config).items():
+        role = RESUME if source == stopped.config.resume_topic else SCHEDULER
+        for number, start in stopped.following(group).items():
+            yield from (Sent(role, record.key, record.value, record.headers, record.timestamp_ms) for record in stopped.read(source, number, start))
 
 
 # -- import ---------------------------------------------------------------------------------------------------------------
 
 
-def bring(config: Config, path: Path) -> dict[str, int]:
+def bring(config: Config, path: Path, environment: Environment = LIVE, clock: Clock | None = None) -> dict[str, int]:
     """Make the archive the state of an application that is stopped and has none.  Return what is in it.  Raises UsageError, TransportError."""
     found = archive.check(path, config)
-    admin = topics.admin(config)
-    there = topics.partitions_of(admin, config)
-    _check_topics(config, there, found.queues)
-    wrong = topics.problems(admin, config, found.queues, list(groups_of(config)))
+    stopped = Stopped(config, environment)
+    stopped.require(*_topics_of(config), *found.queues)
+    wrong = topics.problems(stopped.admin, config, found.queues, list(groups_of(config)))
     if wrong:
         raise UsageError("; ".join(wrong))
-    check_nothing_ran = nothing_ran_since(admin, config, there)
-    target = _Target(config, admin, there, found)
+    check_nothing_ran = stopped.nothing_ran_since()
+    target = _Target(stopped, found, (clock or SystemClock()).now_ms())
     try:
         target.fence()
-        positions = {changelog: _positions(config, admin, group, source, changelog, there[source], found.id) for group, (source, changelog) in groups_of(config).items()}
+        positions = {changelog: _positions(stopped, group, found.id) for group, (_, changelog) in groups_of(config).items()}
         target.begin(positions)
         try:
             check_nothing_ran()  # whatever starts from here on finds the mark
@@ -172,14 +163,15 @@ def bring(config: Config, path: Path) -> dict[str, int]:
     return found.counts
 
 
-def _positions(config: Config, admin: AdminClient, group: str, source: str, changelog: str, partitions: int, archived: str) -> list[Position]:
+def _positions(stopped: Stopped, group: str, archived: str) -> list[Position]:
     """Where engines shall start, by partition.  Raises UsageError if there is state that is not of an earlier attempt to import this archive."""
-    places = following(config, admin, group, source, changelog, partitions)
-    incarnation, _ = topics.describe(admin, config, source)
+    config, (source, changelog) = stopped.config, groups_of(stopped.config)[group]
+    places = stopped.following(group)
+    incarnation, partitions = topics.describe(stopped.admin, config, source)
     found = []
     for number in range(partitions):
         where = f"{changelog}[{number}]"
-        state = latest(config, changelog, number, lambda key, value: value if key == POSITION else b"-" if home_of(key) is not None else None)
+        state = stopped.latest(changelog, number, lambda key, value: value if key == POSITION else b"-" if home_of(key) is not None else None)
         known = position_of(state.get(POSITION), where)
         begun = importing(known)
         if begun != archived and (begun is not None or any(key != POSITION for key in state)):
@@ -203,28 +195,27 @@ def _kept_ms(settings: Mapping[str, str]) -> int:
 class _Target:
     """The application that an archive is written to."""
 
-    def __init__(self, config: Config, admin: AdminClient, there: Mapping[str, int], found: archive.Summary) -> None:
+    def __init__(self, stopped: Stopped, found: archive.Summary, now_ms: int) -> None:
+        config = stopped.config
         self.refused = ""
         self._config = config
-        self._there = there
+        self._stopped = stopped
         self._found = found
         self._encryption = Encryption(config)
         self._topics = {
             STATE: config.changelog_topic, TIMERS: config.timers_changelog_topic, CODE: config.code_topic, RESUME: config.resume_topic, SCHEDULER: config.scheduler_topic,
             LETTERS: config.dead_letter_topic,
         }  # fmt: skip
-        self._due = [Due() for _ in range(there[config.timers_changelog_topic])]
+        self._due = [Due() for _ in range(stopped.partitions[config.timers_changelog_topic])]
         self._written = dict[bytes, bytes]()
-        self._letters = {(letter.key, letter.value, letter.headers) for letter in open_in(read(config, config.dead_letter_topic)).values()}  # of an earlier import, after which somebody gave `reset`
+        self._letters = {(letter.key, letter.value, letter.headers) for letter in open_in(stopped.read(config.dead_letter_topic)).values()}  # of an earlier import, after which somebody gave `reset`
         self._last = list[tuple[str, bytes | None, bytes | None, Headers, int]]()
-        settings = topics.settings_of(admin, [*self._topics.values(), *found.queues])
-        self._oldest_ms = {topic: time.time_ns() // 1_000_000 - _kept_ms(settings[topic]) // 2 for topic in self._topics.values()}
-        sizes = topics.sizes(settings.values())
-        self._producer = made(Producer, topics.client_config(config, transactional_id=f"{config.application_id}-import", transaction_timeout_ms=_COMMIT_S * 1000, **sizes))
+        settings = topics.settings_of(stopped.admin, self._topics.values())
+        self._oldest_ms = {topic: now_ms - _kept_ms(settings[topic]) // 2 for topic in self._topics.values()}
+        self._producer = stopped.producer(f"{config.application_id}-import", [*self._topics.values(), *found.queues])
 
     def fence(self) -> None:
-        """Abort the transaction of an import that was killed: nobody could read the state before the transaction's time is over."""
-        self._producer.init_transactions(_TIMEOUT_S)
+        self._stopped.fence(self._producer)
 
     def begin(self, positions: Mapping[str, list[Position]]) -> None:
         """Mark the state: from here on no engine starts."""
@@ -250,7 +241,7 @@ class _Target:
                 queue = archive.queue_of(part) if part.table == STATE else ""
                 if queue:  # an engine without workers would have run it; the entry stays until it is answered, for the next move and whoever goes back to it
                     self._keep_call(queue, dispatch.decode(part.value))
-                number = partition_of(home, self._there[self._topics[part.table]])
+                number = partition_of(home, self._stopped.partitions[self._topics[part.table]])
                 self._put(self._topics[part.table], part.value, part.key, number)
                 if part.table == TIMERS:
                     self._due[number].see(part.key)
@@ -267,7 +258,7 @@ class _Target:
         self._producer.begin_transaction()
         for some in chunks(self._last):
             for topic, key, value, headers, timestamp_ms in some:
-                self._put(topic, value, key, partition_of(key, self._there[topic]) if key is not None else 0, headers, timestamp_ms)
+                self._put(topic, value, key, partition_of(key, self._stopped.partitions[topic]) if key is not None else 0, headers, timestamp_ms)
             self._producer.flush(_TIMEOUT_S)
         for number, place in enumerate(positions[config.changelog_topic]):
             for key, value in self._written.items():  # whoever owns a partition loads the code that is waited in there
@@ -298,4 +289,4 @@ class _Target:
             raise
 
     def _commit(self) -> None:
-        self._producer.commit_transaction(_COMMIT_S)
+        commit(self._producer)

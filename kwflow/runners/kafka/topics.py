@@ -23,13 +23,12 @@ from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.environment import LIVE, Environment
 
 __all__ = [
-    "FORGETFUL", "TOPIC_MS", "admin", "client_config", "committed_ends", "create", "describe", "ends", "id_of", "needed", "offset_of", "overridden", "partitions_of", "problems",
-    "record_of", "replication", "result_of", "settings_of", "sizes", "transient",
+    "FORGETFUL", "TOPIC_MS", "admin", "client_config", "committed_ends", "create", "describe", "id_of", "made_like", "needed", "offset_of", "partitions_of", "problems",
+    "record_of", "result_of", "settings_of", "sizes", "transient",
 ]  # fmt: skip
 
 _DAY_MS = 86_400_000
 _LATE_S = 5.0
-_LEADER_S = 10.0  # how long a partition may be without a leader
 _LOOK_S = 0.02
 _MESSAGE_BYTES_MAX = 1_000_000_000  # librdkafka's maximum; a topic may allow twice as much
 _TRANSIENT = {  # answers of a leader or coordinator that moves or is new, or connections that fail, perhaps as a token has expired; librdkafka marks only few of them as retriable
@@ -312,28 +311,15 @@ def committed_ends(client: AdminClient, topic: str, partitions: Iterable[int]) -
     return found
 
 
-def ends(client: AdminClient, topic: str, partitions: int, latest: bool) -> dict[int, int]:
-    """Partition -> the offset of its end or, if not `latest`, of its beginning.  Asked again while the topic has just been created.  Raises TransportError."""
-    spec = OffsetSpec.latest() if latest else OffsetSpec.earliest()  # type: ignore[no-untyped-call]
-    give_up = time.monotonic() + _LEADER_S
-    while True:
-        asked = client.list_offsets({TopicPartition(topic, number): spec for number in range(partitions)}, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=10)
-        try:
-            return {where.partition: offset_of(future, 10) for where, future in asked.items()}
-        except KafkaException as error:
-            if not transient(error.args[0]) or time.monotonic() > give_up:
-                raise TransportError(f"cannot read the offsets of {topic}: {error.args[0].str()}") from None
-        time.sleep(_LOOK_S)
-
-
-def overridden(client: AdminClient, topic: str) -> dict[str, str]:
-    """The settings of this topic that differ from the broker's defaults because they were set for the topic."""
-    [future] = client.describe_configs([ConfigResource(ResourceType.TOPIC, topic)], request_timeout=10).values()
-    return {name: entry.value for name, entry in result_of(future, 10).items() if entry.source == ConfigSource.DYNAMIC_TOPIC_CONFIG.value}
-
-
-def replication(client: AdminClient, topic: str) -> int:
-    return len(client.list_topics(topic, timeout=10).topics[topic].partitions[0].replicas)
+def made_like(client: AdminClient, topic: str) -> NewTopic:
+    """What creates this topic again: its partitions, its replication factor, and the settings that are its own and not the broker's.  Raises TransportError."""
+    try:
+        partitions = client.list_topics(topic, timeout=10).topics[topic].partitions
+        [future] = client.describe_configs([ConfigResource(ResourceType.TOPIC, topic)], request_timeout=10).values()
+        settings = {name: entry.value for name, entry in result_of(future, 10).items() if entry.source == ConfigSource.DYNAMIC_TOPIC_CONFIG.value}
+    except KafkaException as error:
+        raise TransportError(f"cannot read the settings of {topic}: {error.args[0].str()}") from None
+    return NewTopic(topic, len(partitions), len(partitions[0].replicas), config=settings)
 
 
 _headers = operator.methodcaller("headers")  # methodcaller checks whether the call left an error set; a call that the interpreter has specialized does not

@@ -29,6 +29,7 @@ class Broker:
     def __init__(self, time: VirtualTime | None = None, seed: int = 0) -> None:
         self.time = time or VirtualTime()
         self.chance = random.Random(seed)
+        self._seed = seed
         self.topics: dict[str, Topic] = {}
         self.groups: dict[str, Group] = {}
         self._deleted: collections.Counter[str] = collections.Counter()  # how often each topic was deleted
@@ -40,7 +41,7 @@ class Broker:
     def create(self, name: str, partitions: int, config: dict[str, str] | None = None) -> None:
         if name in self.topics:
             raise Refused(KafkaError.TOPIC_ALREADY_EXISTS, f"topic {name} exists")
-        self.topics[name] = Topic(name, partitions, config, self._deleted[name])
+        self.topics[name] = Topic(name, partitions, config, f"{self._seed} {self._deleted[name]}")
         self.time.changed()
 
     def add_partitions(self, name: str, count: int) -> None:

@@ -59,6 +59,7 @@ class Group:
         self.offsets: dict[Place, int] = {}
         self.notes: dict[Place, str] = {}  # the metadata of offsets
         self.pending: dict[Transaction, dict[Place, int]] = {}
+        self._outdated: set[tuple[Transaction, Place]] = set()  # those of them after which the offset was set outside of the transaction
         self.rebalancing = False
         self.on_settled: dict[str, Callable[[], None]] = {}  # by member id: tells its client of a completed rebalance
         self.history: list[tuple[float, dict[str, set[Place]]]] = []
@@ -208,11 +209,13 @@ class Group:
             raise Refused(KafkaError.UNKNOWN_TOPIC_OR_PART, f"no partition {gone}")
         for known in (self.pending.setdefault(transaction, {}), transaction.groups.setdefault(self.name, {})):
             known.update({place: offset for place, (offset, _) in offsets.items()})
+        self._outdated -= {(transaction, place) for place in offsets}
         transaction.notes.update({place: note for place, (_, note) in offsets.items()})
 
     def settle(self, transaction: Transaction) -> None:
-        """Apply or drop a transaction's offsets: its marker has reached them."""
-        offsets = self.pending.pop(transaction, {})
+        """Apply or drop a transaction's offsets: its marker has reached them.  What was set later outside of it stays."""
+        offsets = {place: offset for place, offset in self.pending.pop(transaction, {}).items() if (transaction, place) not in self._outdated}
+        self._outdated = {(known, place) for known, place in self._outdated if known is not transaction}
         if transaction.state == COMMITTED:
             self.offsets.update(offsets)
             self.notes.update({place: transaction.notes[place] for place in offsets})
@@ -230,6 +233,7 @@ class Group:
         short = {place: kept for place, kept in offsets.items() if len(kept[1].encode()) <= _NOTE_BYTES_MAX}
         for place, (offset, note) in short.items():
             self.offsets[place], self.notes[place] = offset, note
+            self._outdated |= {(transaction, place) for transaction, pending in self.pending.items() if place in pending}
         if len(short) < len(offsets):
             raise Refused(KafkaError.OFFSET_METADATA_TOO_LARGE, "the metadata of an offset is too large")
 

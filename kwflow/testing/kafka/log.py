@@ -139,10 +139,11 @@ class Partition:
 
 
 class Topic:
-    """A topic's partitions and configuration.  `id` changes when it is recreated; `number` is how many topics of this name there were before."""
+    """A topic's partitions and configuration.  `id` changes when it is recreated: `number` tells it from others of its name."""
 
-    def __init__(self, name: str, partitions: int, config: dict[str, str] | None = None, number: int = 0) -> None:
+    def __init__(self, name: str, partitions: int, config: dict[str, str] | None = None, number: str = "") -> None:
         self.name = name
-        self.id = uuid.uuid5(uuid.NAMESPACE_OID, f"{name} {number}" if number else name).hex
+        self.id = uuid.uuid5(uuid.NAMESPACE_OID, f"{name} {number}").hex
+        self.overridden = frozenset(config or {})
         self.config = {**_DEFAULTS, **(config or {})}
         self.partitions = [Partition(name, number) for number in range(partitions)]

@@ -10,8 +10,8 @@ from typing import Any
 
 import confluent_kafka
 import pytest
-from confluent_kafka import OFFSET_BEGINNING, OFFSET_INVALID, IsolationLevel, KafkaError, KafkaException, TopicCollection, TopicPartition
-from confluent_kafka.admin import ConfigResource, NewPartitions, NewTopic, OffsetSpec, ResourceType
+from confluent_kafka import OFFSET_BEGINNING, OFFSET_INVALID, ConsumerGroupTopicPartitions, IsolationLevel, KafkaError, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka.admin import ConfigResource, ConfigSource, NewPartitions, NewTopic, OffsetSpec, ResourceType
 
 from kwflow.core.murmur2 import partition_of
 from kwflow.runners.kafka.environment import LIVE, Environment
@@ -707,6 +707,64 @@ def test_topics_are_described_with_an_id_partitions_and_configuration(port: Port
     assert int(settings["max.message.bytes"].value) > 100_000
     error = refused(lambda: port.admin.describe_topics(TopicCollection([f"{topic}-none"]), request_timeout=10)[f"{topic}-none"].result())
     assert error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART
+
+
+def test_an_administrator_is_told_of_offsets_that_are_undecided_only_if_he_asks_for_stable_ones(port: Port) -> None:
+    """K5 (runners/kafka/stopped.py): an engine is killed inside a transaction, and its application exported."""
+    topic, producer = port.topic(), port.transactional()
+    member = owning(port, topic)
+    group = f"{port.name}-group"
+
+    def offsets(stable: bool) -> list[tuple[int, int]]:
+        asked = ConsumerGroupTopicPartitions(group, [TopicPartition(topic, 0)])
+        [future] = port.admin.list_consumer_group_offsets([asked], require_stable=stable, request_timeout=10).values()
+        return [(place.offset, place.error.code() if place.error else 0) for place in future.result().topic_partitions]
+
+    assert offsets(True) == offsets(False) == [(OFFSET_INVALID, 0)]
+    producer.begin_transaction()
+    producer.produce(topic, value=b"v", partition=0)
+    producer.send_offsets_to_transaction([TopicPartition(topic, 0, 7)], member.consumer.consumer_group_metadata(), 10)
+    assert offsets(False) == [(OFFSET_INVALID, 0)] and offsets(True)[0][1] == KafkaError.UNSTABLE_OFFSET_COMMIT
+    producer.commit_transaction(20)
+    port.until(lambda: offsets(True) == [(7, 0)])
+    assert offsets(False) == [(7, 0)]
+
+
+def test_an_offset_that_was_set_after_a_transaction_s_stays_when_that_is_committed(port: Port) -> None:
+    """`reset`, after an engine was killed in a commit."""
+    topic, producer = port.topic(), port.transactional()
+    member = owning(port, topic)
+    producer.begin_transaction()
+    producer.send_offsets_to_transaction([TopicPartition(topic, 0, 7)], member.consumer.consumer_group_metadata(), 10)
+    member.consumer.commit(offsets=[TopicPartition(topic, 0, 3)], asynchronous=False)
+    producer.commit_transaction(20)
+    assert member.consumer.committed([TopicPartition(topic, 0)], timeout=10)[0].offset == 3
+
+
+def test_an_administrator_sets_offsets_of_a_group_without_members_alone(port: Port) -> None:
+    topic = port.topic()
+    member, group = owning(port, topic), f"{port.name}-group"
+
+    def alter(offset: int) -> int:
+        [future] = port.admin.alter_consumer_group_offsets([ConsumerGroupTopicPartitions(group, [TopicPartition(topic, 0, offset)])], request_timeout=10).values()
+        [place] = future.result().topic_partitions
+        return place.error.code() if place.error else 0
+
+    assert alter(3) == KafkaError.UNKNOWN_MEMBER_ID
+    port.open.remove(member.consumer)
+    port.members.remove(member)
+    member.closing = True
+    member.consumer.close()
+    port.until(lambda: alter(3) == 0)
+    assert port.consumer().committed([TopicPartition(topic, 0)], timeout=10)[0].offset == 3
+
+
+def test_settings_of_a_topic_are_told_from_the_broker_s(port: Port) -> None:
+    """`reset` creates changelogs again with the former."""
+    resource = ConfigResource(ResourceType.TOPIC, port.topic(cleanup_policy="compact"))
+    settings = port.admin.describe_configs([resource], request_timeout=10)[resource].result()
+    own = {name for name, entry in settings.items() if entry.source == ConfigSource.DYNAMIC_TOPIC_CONFIG.value}
+    assert own == {"cleanup.policy"} and "retention.ms" in settings
 
 
 def test_a_compacted_topic_takes_no_record_without_a_key(port: Port) -> None:
