@@ -16,7 +16,7 @@ _API = (
     "Activity", "ActivityInfo", "Awaitable", "Call", "Cancel", "Child", "Gen", "Inbox", "OldInstance", "OldTask", "Record", "Resume", "Retry", "Signal", "Start", "Suspension", "Task",
     "Update", "Wait", "activity", "activity_info", "all", "batch_of", "cancel", "declare_topics", "declared_topics", "feed", "headers", "log", "migrate", "now", "on_update", "output",
     "output_json", "race", "reacquire", "registered_activities", "registered_migrations", "registered_workflows", "reject", "reply", "send_signal", "set_status", "shield", "signals",
-    "sleep", "spawn", "start_child", "step_id", "suspend", "timeout", "wait_signal", "workflow", "workflow_id",
+    "sleep", "spawn", "start_child", "step_id", "suspend", "timeout", "wait_condition", "wait_signal", "workflow", "workflow_id",
 )  # fmt: skip
 __version__ = "0.2.0"
 __all__ = sorted([*_API, *_errors.__all__])  # noqa: PLE0605

@@ -24,7 +24,7 @@ from kwflow.declarations import declare_topics, declared_topics, declaring, migr
 from kwflow.durable.resources import reacquire
 from kwflow.feeds import Cancel, Resume, Signal, Start, feed
 from kwflow.running import ActivityInfo, activity_info
-from kwflow.waits import Gen, Wait, all, race, shield, sleep, spawn, suspend, timeout
+from kwflow.waits import Gen, Wait, all, race, shield, sleep, spawn, suspend, timeout, wait_condition
 
 __all__ = [
     "Activity",
@@ -80,6 +80,7 @@ __all__ = [
     "step_id",
     "suspend",
     "timeout",
+    "wait_condition",
     "wait_signal",
     "workflow",
     "workflow_id",

@@ -7,7 +7,7 @@ each part when it is unpacked.  Every overload lives here; those for tuples and 
 from __future__ import annotations
 
 import collections.abc
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from datetime import timedelta
 from typing import Any, TypeAlias, TypeVar, overload
 
@@ -15,7 +15,7 @@ from kwflow.core.current import current
 from kwflow.core.tasks import Awaitable, Suspension, Task
 from kwflow.errors import UsageError
 
-__all__ = ["Gen", "Wait", "all", "race", "shield", "sleep", "spawn", "suspend", "timeout"]
+__all__ = ["Gen", "Wait", "all", "race", "shield", "sleep", "spawn", "suspend", "timeout", "wait_condition"]
 
 _T = TypeVar("_T")
 _K = TypeVar("_K")
@@ -83,6 +83,16 @@ def spawn(gen: Generator[Any, Any, _T] | collections.abc.Coroutine[Any, Any, _T]
 def sleep(delay: timedelta | float) -> Awaitable[None]:
     """Create a timer through the scheduler topic; the delay is in seconds or a timedelta.  It starts now, and is cancelled when it is left."""
     return current().sleep(delay)
+
+
+def wait_condition(predicate: Callable[[], _T]) -> Awaitable[_T]:
+    """Wait until this plain function of the workflow's own state returns something true, and return that.
+
+    It is called whenever all tasks of the workflow wait; nothing else makes it be called, such as time that passes.  It must not change anything, and `kw.*`
+    does not work in it.  If several conditions are met, the one that was made first goes on until it waits again, and then the others are looked at anew.
+    If the function raises, so does the wait.
+    """
+    return current().wait_condition(predicate)
 
 
 def timeout(x: Wait[_T], delay: timedelta | float, *, wait_rest: bool = False) -> Awaitable[_T]:

@@ -7,11 +7,12 @@ modules and act on the same `Calls`.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import types
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 import msgspec
 
@@ -20,7 +21,7 @@ from kwflow.core.contract import Context, Transition
 from kwflow.core.dispatch import Callee, Dispatch, size_of
 from kwflow.core.instance import Instance
 from kwflow.core.machine import Host, Machine
-from kwflow.core.tasks import FAILED, OK, ActivityWait, All, Awaitable, Combinator, JobWait, Race, Series, Shield, Some, Suspension, Task, Timeout, Timer
+from kwflow.core.tasks import FAILED, OK, ActivityWait, All, Awaitable, Combinator, Condition, JobWait, Race, Series, Shield, Some, Suspension, Task, Timeout, Timer
 from kwflow.core.values import json_dumps
 from kwflow.core.wire import DELAY_MS_MAX, Output, Record, Reply
 from kwflow.durable import is_durable
@@ -28,7 +29,7 @@ from kwflow.durable.awaiting import Advance, AsyncGenerator
 from kwflow.durable.refusals import asyncio_refusal, made_durable
 from kwflow.errors import NotDurableError, UsageError
 
-__all__ = ["REFS_A_MOVE", "Calls", "timer_key"]
+__all__ = ["REFS_A_MOVE", "Calls", "is_plain", "timer_key"]
 
 _Wait = TypeVar("_Wait", bound=Suspension)
 _OF_A_START = ("kwflow-workflow", "kwflow-start-id")  # an author may start workflows, of this application or another one
@@ -109,6 +110,13 @@ class Calls:
         elif ref in self.instance.waits:
             raise UsageError(f"a wait for {ref!r} is already pending; a ref id can be pending only once")
         return self.register(Suspension(ref, self.record.timestamp_ms))
+
+    def wait_condition(self, predicate: object) -> Condition:
+        if not is_plain(predicate):
+            raise UsageError(f"kw.wait_condition takes a plain function that returns whether the condition is met, such as `lambda: done`, not {predicate!r}")
+        condition = self.register(Condition(self.next_id(), self.record.timestamp_ms, predicate))
+        self.instance.conditions[condition.ref] = condition
+        return condition
 
     def sleep(self, delay: timedelta | float, due_ms: int | None = None) -> Timer:
         """Create a timer that is due after `delay` from the receipt of this record, or at `due_ms` if that is given."""
@@ -315,6 +323,11 @@ class Calls:
 
     def now(self) -> datetime:
         return datetime.fromtimestamp(self.instance.now_ms / 1000, UTC)
+
+def is_plain(value: object) -> TypeGuard[Callable[..., Any]]:
+    """Whether this is a function that cannot wait, by what can be seen before it is called."""
+    return callable(value) and not inspect.isgeneratorfunction(value) and not inspect.iscoroutinefunction(value)
+
 
 def timer_key(id: str, ref: str) -> bytes:
     """Return the key of a timer's records on the scheduler topic; their value sets or cancels the timer."""

@@ -21,5 +21,5 @@ def current() -> Calls:
     """Return the running step.  Raises UsageError outside a step (semantics §1.8)."""
     running: Calls | None = getattr(slot, "step", None)
     if running is None:
-        raise UsageError("kw.* functions work only inside a running workflow step, not at import time or on another thread")
+        raise UsageError("kw.* functions work only inside a running workflow step, not in the function of a kw.wait_condition, in a validator, at import time, or on another thread")
     return running

@@ -9,7 +9,7 @@ import weakref
 from typing import Any
 
 from kwflow.core.mail import Mailbox
-from kwflow.core.tasks import Combinator, Suspension, Task
+from kwflow.core.tasks import Combinator, Condition, Suspension, Task
 from kwflow.durable.frames import discard
 from kwflow.durable.registry import Pins
 
@@ -19,10 +19,10 @@ WAITING, CLOSING, ENDED = "waiting", "closing", "ended"
 
 
 class Instance:
-    """The state of one running id.  Invariant: `waits` holds exactly the pending suspensions by ref, `tasks` the unsettled tasks."""
+    """The state of one running id.  Invariant: `waits` holds exactly the pending suspensions by ref, `conditions` those of them that are conditions, `tasks` the unsettled tasks."""
 
     __slots__ = (
-        "_adopted", "applied", "created_ms", "extra", "id", "joins", "mailbox", "main",
+        "_adopted", "applied", "conditions", "created_ms", "extra", "id", "joins", "mailbox", "main",
         "now_ms", "pins", "start_id", "status", "steps", "task_next", "tasks", "updated_ms", "waits", "workflow",
     )  # fmt: skip
 
@@ -38,11 +38,17 @@ class Instance:
         self.main: Task | None = None
         self.tasks: dict[int, Task] = {}
         self.waits: dict[str, Suspension] = {}
+        self.conditions: dict[str, Condition] = {}
         self.joins: list[Combinator] = []
         self.mailbox: Mailbox | None = None  # created by the first signal, or by the first wait for one
         self.extra: dict[str, Any] = {}  # header entries beside the fixed ones; those that this version does not know are kept
         self.pins: Pins = {}  # module versions that it runs and that are not current (semantics §8.2)
         self._adopted: weakref.WeakKeyDictionary[Any, Task] = weakref.WeakKeyDictionary()
+
+    @property
+    def can_be_woken(self) -> bool:
+        """Whether any record could wake it: what its own tasks do settles conditions, and nothing else does."""
+        return len(self.waits) > len(self.conditions)
 
     def adopted(self) -> weakref.WeakKeyDictionary[Any, Task]:
         """The one task of each generator (semantics §1.2).  Weak, so that a finished generator that nobody holds is forgotten."""
@@ -65,6 +71,7 @@ class Instance:
     def set_graph(self, graph: dict[str, Any]) -> None:
         for name in ("main", "tasks", "waits", "joins", "steps", "task_next", "now_ms"):
             setattr(self, name, graph[name])
+        self.conditions = {ref: wait for ref, wait in self.waits.items() if isinstance(wait, Condition)}
         self.mailbox = graph.get("mailbox")
         pairs = [(task.gen, task) for task in self.tasks.values() if task.gen is not None] + graph["finished"]
         for gen, task in pairs:

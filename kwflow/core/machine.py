@@ -14,13 +14,12 @@ from typing import Any, Protocol
 
 from kwflow.core.instance import CLOSING, Instance
 from kwflow.core.mail import SignalWait, give_back, mark_read
-from kwflow.core.tasks import FAILED, OK, PENDING, All, Awaitable, Combinator, Shield, Suspension, Task, live_below
-from kwflow.durable.tracebacks import forget_frames
-from kwflow.errors import Cancelled, KwflowBug, StepTimeout, UsageError
+from kwflow.core.tasks import ABORTS, FAILED, OK, PENDING, All, Awaitable, Combinator, Condition, Outcome, Shield, Suspension, Task, live_below
+from kwflow.durable.tracebacks import forget_catcher, forget_frames
+from kwflow.errors import Cancelled, KwflowBug, UsageError
 
 __all__ = ["Host", "Machine"]
 
-_ABORTS = (KwflowBug, KeyboardInterrupt, MemoryError, StepTimeout)  # never outcomes of author code: the step fails (G4)
 
 
 class Host(Protocol):
@@ -34,6 +33,9 @@ class Host(Protocol):
 
     def wait_cancelled(self, wait: Suspension) -> None:
         """Tell whoever works for it outside, such as the scheduler or a child."""
+
+    def ask(self, condition: Condition) -> Outcome | None:
+        """Return the outcome of a condition that is met, or whose function fails; otherwise None."""
 
     def main_ended(self, main: Task) -> None:
         """Emit the result or error record."""
@@ -75,7 +77,7 @@ class Machine:
     def catching(self, error: BaseException) -> None:
         """Note an error that must end the step, so that it does even if author code swallows it (semantics §2.5)."""
         forget_frames(error)
-        if isinstance(error, _ABORTS):
+        if isinstance(error, ABORTS):
             self.bug = self.bug or error
 
     # -- tasks ---------------------------------------------------------------------------------------------------
@@ -128,7 +130,7 @@ class Machine:
                 self.deliver(*self._mail.pop(0))
             if self._join_dirty:
                 self.check_joins()
-            if not self.queue and not self._mail and not self._join_dirty:
+            if not self.queue and not self._mail and not self._join_dirty and not (self.instance.conditions and self._met()):
                 return
 
     def _drive(self, task: Task) -> None:
@@ -182,13 +184,11 @@ class Machine:
             except StopIteration as stop:
                 self._end(task, OK, stop.value)
                 return None
-            except _ABORTS as error:
+            except ABORTS as error:
                 self.bug = self.bug or error
                 raise
             except BaseException as error:  # Cancelled and SystemExit are outcomes too (semantics §2.5)
-                if error.__traceback__ is not None:  # drop our own frame, which would keep the generator alive for as long as the error
-                    BaseException.__setattr__(error, "__traceback__", error.__traceback__.tb_next)
-                forget_frames(error)
+                forget_catcher(error)
                 self._end(task, FAILED, error)
                 return None
             if self.bug is not None:
@@ -266,6 +266,7 @@ class Machine:
                     self._join_dirty = True
                 if self.instance.waits.get(item.ref) is item:
                     del self.instance.waits[item.ref]
+                    self.instance.conditions.pop(item.ref, None)
             waiters, item.waiters = item.waiters, []
             for waiter in waiters:
                 if isinstance(waiter, Combinator):
@@ -346,6 +347,19 @@ class Machine:
         if self.instance.mailbox is not None:
             for loser in losers:
                 self._mail += give_back(loser, self.instance.mailbox)
+
+    # -- conditions ----------------------------------------------------------------------------------------------
+    def _met(self) -> bool:
+        """Settle the first condition that is met, in the order in which they were made; return whether there was one.
+
+        What it wakes runs before any other is asked, because it may take what others wait for.
+        """
+        for condition in list(self.instance.conditions.values()):
+            outcome = self.host.ask(condition) if condition.waiters else None
+            if outcome is not None:
+                self.settle(condition, *outcome)
+                return True
+        return False
 
     # -- cancelling ----------------------------------------------------------------------------------------------
     def cancel_all(self, targets: list[Awaitable]) -> None:

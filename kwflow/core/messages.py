@@ -7,23 +7,23 @@ last commands, `updates` who waits for the answer to an accepted update, `mailbo
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
 
 from kwflow.core import children, migration, typed, wire
-from kwflow.core.calls import Calls
+from kwflow.core.calls import Calls, is_plain
 from kwflow.core.contract import Keep, Limits, Transition
 from kwflow.core.current import slot
 from kwflow.core.instance import CLOSING, Instance
 from kwflow.core.mail import Mailbox, SignalWait
 from kwflow.core.mailbox import Inbox, Update, checked_name
 from kwflow.core.outcomes import describe_error
+from kwflow.core.tasks import ABORTS
 from kwflow.core.values import json_dumps
 from kwflow.core.wire import Address, Command, Record, Reply
-from kwflow.errors import KwflowBug, ProtocolError, StepTimeout, UsageError
+from kwflow.errors import KwflowBug, ProtocolError, UsageError
 
 __all__ = [
     "ENDED", "IDS_MAX", "OPS", "absent", "after_end", "applied_before", "close", "describe", "ignored", "mailbox_of", "no_migration", "no_room", "on_update", "reject", "remember", "reply",
@@ -165,7 +165,7 @@ def _validate(validator: Callable[[Any], object] | None, value: object) -> str |
     running, slot.step = slot.step, None
     try:
         validator(value)
-    except (KwflowBug, KeyboardInterrupt, MemoryError, StepTimeout):
+    except ABORTS:
         raise
     except BaseException as error:
         return describe_error(error)[:1000]
@@ -236,7 +236,7 @@ def signals(calls: Calls, name: str) -> Inbox:
 
 def on_update(calls: Calls, name: str, validator: Callable[[Any], object] | None) -> Inbox:
     """Accept updates of this name from now on, if the validator raises nothing; return their inbox."""
-    if validator is not None and (not callable(validator) or inspect.isgeneratorfunction(validator) or inspect.iscoroutinefunction(validator)):
+    if validator is not None and not is_plain(validator):
         raise UsageError(f"a validator must be a plain function of the value that raises an error if it is wrong, not {validator!r}")
     mailbox_of(calls.instance).validators[checked_name(name, "an update")] = validator
     return Inbox("update", name)

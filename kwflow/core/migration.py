@@ -17,10 +17,10 @@ from kwflow.core.calls import Calls
 from kwflow.core.instance import CLOSING, Instance
 from kwflow.core.mail import give_back
 from kwflow.core.snapshot import failed_at, place_of
-from kwflow.core.tasks import FAILED, Awaitable, Suspension, Task
+from kwflow.core.tasks import ABORTS, FAILED, Awaitable, Suspension, Task
 from kwflow.durable import registry
 from kwflow.durable.frames import Frame, describe, discard
-from kwflow.errors import Cancelled, KwflowBug, MigrationError, StepTimeout, UsageError
+from kwflow.errors import Cancelled, KwflowBug, MigrationError, UsageError
 
 __all__ = ["OldInstance", "OldTask", "find", "migrate", "nothing_for"]
 
@@ -126,7 +126,7 @@ def _view(instance: Instance, tasks: list[Task]) -> OldInstance:
 def _result(function: Callable[..., Any], view: OldInstance, calls: Calls, waits: Mapping[str, Suspension]) -> tuple[types.GeneratorType[Any, Any, Any], set[str]]:
     try:
         made = function(view)
-    except (KwflowBug, KeyboardInterrupt, MemoryError, StepTimeout):
+    except ABORTS:
         raise
     except BaseException as error:
         raise MigrationError(f"{_name(function)} failed: {_described(error)}") from error

@@ -270,4 +270,4 @@ def _is_same(then: dict[str, Any] | None, now: dict[str, Any]) -> bool:
 
 
 _UNDONE = "the workflow was put back to a state before this update"
-_FORKABLE = {"activity", "signal", "suspension", "timer", "update"}
+_FORKABLE = {"activity", "condition", "signal", "suspension", "timer", "update"}

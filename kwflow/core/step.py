@@ -21,11 +21,12 @@ from kwflow.core.current import in_step, slot
 from kwflow.core.dispatch import Withdraw
 from kwflow.core.instance import CLOSING, Instance
 from kwflow.core.snapshot import ended_header, failed_at, is_call, place_of, waits_of
-from kwflow.core.tasks import FAILED, OK, Awaitable, Suspension, Task, Timer
+from kwflow.core.tasks import ABORTS, FAILED, OK, Awaitable, Condition, Outcome, Suspension, Task, Timer
 from kwflow.core.values import json_dumps
 from kwflow.core.wire import Record
 from kwflow.durable.driving import set_driving
-from kwflow.errors import ActivityError, BusinessError, Cancelled, KwflowBug, ProtocolError, StepTimeout, StuckError, UncaughtError, UsageError, WorkflowError
+from kwflow.durable.tracebacks import forget_catcher
+from kwflow.errors import ActivityError, BusinessError, Cancelled, KwflowBug, ProtocolError, StuckError, UncaughtError, UsageError, WorkflowError
 
 __all__ = ["Step", "applied_before", "has_moved", "step"]
 
@@ -199,7 +200,7 @@ class Step(Calls):
             made = self.classify(function(options))
             if isinstance(made, Awaitable):
                 raise UsageError(f"{task.name} returned {made!r}; write `return (yield ...)`")
-        except (KwflowBug, KeyboardInterrupt, MemoryError, StepTimeout):
+        except ABORTS:
             raise
         except BaseException as error:
             if type(error) is TypeError and error.__traceback__ is not None and error.__traceback__.tb_next is None:  # none of its lines has run
@@ -228,16 +229,17 @@ class Step(Calls):
             raise KwflowBug("an instance without main")
         for _ in range(_STUCK_MAX):
             self.machine.drain()
-            if main.settled or self.instance.waits:
+            if main.settled or self.instance.can_be_woken:
                 return
             if main.waiting_on is None:
                 raise KwflowBug("main neither waits nor has ended")
-            self.machine.interrupt(main, StuckError("the workflow is stuck: nothing can wake it any more"))
+            why = ": only its own tasks could meet a kw.wait_condition that it waits for, and none of them goes on" if self.instance.conditions else ""
+            self.machine.interrupt(main, StuckError(f"the workflow is stuck: nothing can wake it any more{why}"))
         raise StuckError(f"the workflow waited for nothing {_STUCK_MAX} times in one step")
 
     def _state(self) -> Save | Ended:
         instance = self.instance
-        if instance.status == CLOSING and (not instance.tasks or not instance.waits):
+        if instance.status == CLOSING and (not instance.tasks or not instance.can_be_woken):
             for task in instance.tasks.values():
                 self.logs.append(f"{task.name} was forgotten: main has ended and nothing could wake it")
             for wait in instance.waits.values():
@@ -252,6 +254,22 @@ class Step(Calls):
 
     def wait_cancelled(self, wait: Suspension) -> None:
         _TELL[wait.kind](self, wait)
+
+    def ask(self, condition: Condition) -> Outcome | None:
+        """`kw.*` does not work inside the function, so that it leaves nothing behind however often it is called."""
+        slot.step = None
+        try:
+            value = condition.predicate()
+            if isinstance(value, (types.GeneratorType, Awaitable)):
+                raise UsageError(f"the function of a kw.wait_condition must be a plain one that returns whether it is met, but it returned {value!r}, which is a wait")
+            return (OK, value) if value else None
+        except ABORTS:
+            raise
+        except BaseException as error:
+            forget_catcher(error)
+            return FAILED, error
+        finally:
+            slot.step = self
 
     def _never_awaited(self) -> list[str]:
         """Name what main began and nobody has awaited: almost certainly a forgotten `yield`.

@@ -12,9 +12,12 @@ from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from kwflow.durable.awaiting import Once
-from kwflow.errors import Cancelled, WorkflowError
+from kwflow.errors import Cancelled, KwflowBug, StepTimeout, WorkflowError
 
-__all__ = ["FAILED", "OK", "PENDING", "ActivityWait", "All", "Awaitable", "Combinator", "JobWait", "Race", "Series", "Shield", "Some", "Suspension", "Task", "Timeout", "Timer", "live_below"]
+__all__ = [
+    "ABORTS", "FAILED", "OK", "PENDING", "ActivityWait", "All", "Awaitable", "Combinator", "Condition", "JobWait", "Outcome", "Race", "Series", "Shield", "Some", "Suspension", "Task", "Timeout",
+    "Timer", "live_below",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
@@ -25,6 +28,7 @@ else:
 
     _T = TypeVar("_T", covariant=True)
 
+ABORTS = (KwflowBug, KeyboardInterrupt, MemoryError, StepTimeout)  # never outcomes of author code: the step fails (G4)
 PENDING, OK, FAILED = "pending", "ok", "failed"
 Outcome = tuple[str, Any]
 
@@ -102,6 +106,18 @@ class Suspension(Awaitable[_T]):
 
     def __repr__(self) -> str:
         return f"<{self.kind} {self.ref} {self.state}>"
+
+
+class Condition(Suspension[_T]):
+    """A wait until a function of the workflow's own state returns something true; the machine calls it whenever every task waits."""
+
+    __slots__ = ("predicate",)
+    kind = "condition"
+    answerable = False
+
+    def __init__(self, ref: str, since_ms: int, predicate: Callable[[], Any]) -> None:
+        super().__init__(ref, since_ms)
+        self.predicate = predicate
 
 
 class Series:

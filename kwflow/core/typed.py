@@ -17,8 +17,9 @@ from typing import Any
 import msgspec
 
 from kwflow.core import outcomes
+from kwflow.core.tasks import ABORTS
 from kwflow.core.values import LEVELS_MAX, json_dumps
-from kwflow.errors import KwflowBug, ProtocolError, StepTimeout, UsageError
+from kwflow.errors import ProtocolError, UsageError
 
 __all__ = ["from_plain", "hint_of", "input_hints", "input_json", "rebuilt_input", "signature_of", "to_plain", "unchecked"]
 
@@ -87,7 +88,7 @@ def rebuilt_input(whose: str, hint: Any, value: object) -> Any:
     """Rebuild the input by its annotation.  Raises ProtocolError if it does not fit, whatever the author's classes, which are built here, raise."""
     try:
         return from_plain(value, hint)
-    except (KwflowBug, KeyboardInterrupt, MemoryError, StepTimeout):
+    except ABORTS:
         raise
     except BaseException as error:
         said = outcomes.describe_error(error).removeprefix("ValidationError: ")

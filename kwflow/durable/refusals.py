@@ -14,7 +14,8 @@ from kwflow.errors import UsageError
 
 __all__ = ["asyncio_refusal", "made_durable", "no_iterator", "no_manager", "not_awaitable"]
 
-_NO_LOCK = "no lock around code without waits, because nothing else of this workflow runs between two waits; otherwise, one task that works sequentially"
+_NO_LOCK = "no lock around code without waits, because nothing else of this workflow runs between two waits; otherwise, kw.wait_condition(lambda: ...)"
+_CONDITION = "kw.wait_condition(lambda: ...), or kw.suspend() if somebody outside answers"
 _INSTEAD = {
     "sleep": "kw.sleep(seconds)",
     "gather": "kw.all([...])",
@@ -25,12 +26,12 @@ _INSTEAD = {
     "shield": "kw.shield(x)",
     "Task": "kw.spawn(x)",
     "Future": "kw.suspend()",
-    "Queue": "kw.suspend(), which a record answers",
+    "Queue": _CONDITION,
     "Lock": _NO_LOCK,
     "_ContextManagerMixin": _NO_LOCK,  # `async with` of a Lock, Semaphore or Condition
-    "Semaphore": "kw.all over slices of the list",
-    "Event": "kw.suspend(), which a record answers",
-    "Condition": "kw.suspend(), which a record answers",
+    "Semaphore": "kw.wait_condition(lambda: ...)",
+    "Event": _CONDITION,
+    "Condition": "kw.wait_condition(lambda: ...)",
     "TaskGroup": "kw.all([...])",
     "to_thread": "an activity",
 }

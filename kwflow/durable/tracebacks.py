@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import types
 
-__all__ = ["forget_frames", "links", "relink"]
+__all__ = ["forget_catcher", "forget_frames", "links", "relink"]
 
 _OURS = ("kwflow.durable.awaiting", "kwflow.durable.protocols", "kwflow.durable.runtime")
 
@@ -35,6 +35,13 @@ def forget_frames(error: BaseException) -> None:
             if following is not first.tb_next:
                 first.tb_next = following
             first = following
+
+
+def forget_catcher(error: BaseException) -> None:
+    """The same, and remove the frame of the function that has just caught the error."""
+    if error.__traceback__ is not None:
+        BaseException.__setattr__(error, "__traceback__", error.__traceback__.tb_next)
+    forget_frames(error)
 
 
 def _authors(entry: types.TracebackType | None) -> types.TracebackType | None:

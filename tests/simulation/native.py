@@ -69,13 +69,14 @@ class Wait:
 
 
 class Ref(Wait):
-    """A wait that a record ends.  `kind` is answer, timer, activity, job, child, signal or update; the `name` of a job is its queue."""
+    """A wait that a record ends, or a condition.  `kind` is answer, timer, activity, job, child, signal, update or condition; the `name` of a job is its queue."""
 
     def __init__(self, ref: str, kind: str, name: str = "", policy: str = "") -> None:
         super().__init__()
         self.ref, self.kind, self.name, self.policy = ref, kind, name, policy
         self.mail: Any = None
         self.call: Any = None  # of a job: what it was handed out with
+        self.predicate: Any = None
         self.due = 0
 
     @property
@@ -170,6 +171,11 @@ class Kw:
     def suspend(self) -> Ref:
         made = running().register("answer")
         made.id = made.ref  # type: ignore[attr-defined]
+        return made
+
+    def wait_condition(self, predicate: Any) -> Ref:
+        made = running().register("condition")
+        made.predicate = predicate
         return made
 
     def sleep(self, seconds: float) -> Ref:
@@ -333,7 +339,7 @@ class Instance:
             self.hold.append(record)
         elif op is not None:
             self._message(record)
-        elif isinstance(value, dict) and (wait := self.waits.get(value.get("ref"))) is not None and wait.kind not in ("signal", "update"):
+        elif isinstance(value, dict) and (wait := self.waits.get(value.get("ref"))) is not None and wait.kind not in ("signal", "update", "condition"):
             self.reply(record, "delivered")
             failed = "error" in value
             error = value.get("error")
@@ -568,16 +574,19 @@ class Instance:
         first()
         for _ in range(100):
             self.drain()
-            if self.main.state or self.waits:  # type: ignore[union-attr]
+            if self.main.state or self.can_be_woken():  # type: ignore[union-attr]
                 break
             self.interrupt(self.main, StuckError("the workflow is stuck: nothing can wake it any more"))  # type: ignore[arg-type]
-        if self.closing and (not self.tasks or not self.waits):
+        if self.closing and (not self.tasks or not self.can_be_woken()):
             for wait in self.waits.values():
                 if wait.outside:
                     self.leave(wait)
             self.end(self.known)
         if self.main is not None and self.changed:
             self.states.append((self.record["offset"], self.begun))
+
+    def can_be_woken(self) -> bool:
+        return any(wait.kind != "condition" for wait in self.waits.values())
 
     def end(self, known: dict[str, Any]) -> None:
         self.kept += self.tasks
@@ -626,8 +635,20 @@ class Instance:
                 self.deliver(*self.given.pop(0))
             self.check_joins()
         self.check_joins()
-        if self.queue:
+        if self.queue or self.given or self.met():
             self.drain()
+
+    def met(self) -> bool:
+        """Settle the first condition that holds; whether there was one."""
+        for wait in [wait for wait in self.waits.values() if wait.kind == "condition" and wait.waiters]:
+            try:
+                state, value = OK, wait.predicate()
+            except Exception as error:
+                state, value = FAILED, error
+            if value:
+                self.settle(wait, state, value)
+                return True
+        return False
 
     def drive(self, task: Task) -> None:
         """Run a task, and the generators that it yields, until the innermost one waits or all have ended."""

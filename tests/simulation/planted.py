@@ -13,7 +13,7 @@ from confluent_kafka import IsolationLevel, KafkaException, TopicPartition
 from kwflow import flows, schedules, worker
 from kwflow.activities import Retry
 from kwflow.core import children, machine, messages, ops, queues, step, wire
-from kwflow.core.instance import CLOSING
+from kwflow.core.instance import CLOSING, Instance
 from kwflow.core.machine import Machine
 from kwflow.core.wire import Record
 from kwflow.durable import versions
@@ -455,6 +455,27 @@ def _cleanups_lose_what_they_wait_for() -> contextlib.AbstractContextManager[Any
     return mock.patch.object(Machine, "_cleaning", lambda self: {task for task in self.instance.tasks.values() if task.cancel_step})
 
 
+class Slots(World):
+    """Many programs have tasks that wait for each other."""
+
+    slot_shares = (0.6,)
+
+
+def _all_that_is_met_goes_on() -> contextlib.AbstractContextManager[Any]:
+    def met(machine: Machine) -> bool:
+        found = [(condition, outcome) for condition in machine.instance.conditions.values() if condition.waiters and (outcome := machine.host.ask(condition)) is not None]
+        for condition, outcome in found:
+            machine.settle(condition, *outcome)
+        return bool(found)
+
+    return mock.patch.object(Machine, "_met", met)
+
+
+def _without_conditions(instance: Instance, graph: dict[str, Any], really: Any = Instance.set_graph) -> None:
+    really(instance, graph)
+    instance.conditions = {}
+
+
 class GoesBack(World):
     rewind_shares = (0.3,)
 
@@ -514,6 +535,8 @@ SHARED = [
     Planted("semantics 1.8", "a timer that is left is not cancelled", patch=lambda: mock.patch.dict(step._TELL, {"timer": lambda *_: None})),
     Planted("semantics 2.4", "what goes on when main has ended is not cancelled", patch=_nobody_is_told_of_the_end, first=7),
     Planted("semantics 2.4", "the end of main cancels what a cleanup waits for", world=Cleans, patch=_cleanups_lose_what_they_wait_for),
+    Planted("0067", "all conditions that are met go on before any is looked at again", world=Slots, patch=_all_that_is_met_goes_on),
+    Planted("0067", "conditions are forgotten when a workflow is restored", world=Slots, patch=lambda: mock.patch.object(Instance, "set_graph", _without_conditions)),
     Planted("M5", "a parent is told that its child was cancelled when it failed", patch=_failures_are_cancellations, first=4),
     Planted("M6", "activities are not tried again", patch=lambda: mock.patch.object(Retry, "pause_s", lambda *_: None), first=1),
     Planted("0063", "an attempt does not hand its heartbeat details on to the next", patch=lambda: mock.patch.dict(flows.attempts(True).__globals__, heartbeat_of=lambda _: None), first=1),

@@ -101,6 +101,23 @@ def undo(node, cleanup):
         say("undone", json.dumps(done))
 
 
+def slots(number, *nodes):
+    """So many of them at a time; the others wait until one of these has ended, however it does."""
+    free = number
+
+    def one(node):
+        nonlocal free
+        yield kw.wait_condition(lambda: free > 0)
+        free -= 1
+        say("slot", free)
+        try:
+            return (yield run(node))
+        finally:
+            free += 1
+
+    return (yield kw.all([one(node) for node in nodes]))
+
+
 def saga(*tags):
     undo = []
 
@@ -244,8 +261,8 @@ def account():
 
 NODES = {
     "account": account, "all": every, "ask": ask, "call": call, "child": child, "fail": fail, "hear": hear, "huge": huge, "judge": judge, "kid": kid, "kill": kill, "large": large,
-    "limit": limit, "lock": lock, "note": note, "race": first, "rescue": rescue, "saga": saga, "sequence": sequence, "shield": shield, "sleep": sleep, "stop": stop, "stuck": stuck,
-    "tell": tell, "undo": undo,
+    "limit": limit, "lock": lock, "note": note, "race": first, "rescue": rescue, "saga": saga, "sequence": sequence, "shield": shield, "sleep": sleep, "slots": slots, "stop": stop,
+    "stuck": stuck, "tell": tell, "undo": undo,
 }  # fmt: skip
 
 

@@ -81,6 +81,16 @@ def with_cleanups(chance: random.Random, made: Node) -> Node:
     ])  # fmt: skip
 
 
+def with_slots(chance: random.Random, made: Node) -> Node:
+    """Combine a program with tasks that wait for each other, and may be cancelled, fail or be late meanwhile."""
+    slots = ["slots", chance.randint(1, 2), *(program(chance, 1) for _ in range(chance.randint(2, 4)))]
+    seconds = round(6 * chance.random(), 3)
+    return chance.choice([
+        ["sequence", slots, made], ["all", slots, made], ["race", slots, made], ["slots", 1, made, slots], ["limit", slots, seconds], ["limit", slots, seconds, True],
+        ["sequence", ["stop", slots, ["sleep", seconds]], made], ["sequence", ["rescue", [*slots, ["fail", "as told"]]], made],
+    ])  # fmt: skip
+
+
 class Clients:
     """An actor that sends records; in calm times it answers every question and settles every parked instance."""
 
@@ -105,6 +115,8 @@ class Clients:
         self._tell_share = self._telling.choice([0, 0, 0.3])
         self._cleaning = random.Random(f"cleanups {world.seed}")  # also a stream of its own
         self._clean_share = self._cleaning.choice(world.clean_shares)
+        self._slotting = random.Random(f"slots {world.seed}")  # also a stream of its own
+        self._slot_share = self._slotting.choice(world.slot_shares)
         self._queueing = random.Random(f"queues {world.seed}")  # also a stream of its own
         self._timers = 0
         self._read: dict[tuple[str, int], int] = {}
@@ -197,6 +209,8 @@ class Clients:
             made = with_queues(self._queueing, made)
         if self._cleaning.random() < self._clean_share and made != ["kill"]:
             made = with_cleanups(self._cleaning, made)
+        if self._slotting.random() < self._slot_share and made != ["kill"]:
+            made = with_slots(self._slotting, made)
         headers = (("trace", f"t{self.chance.randrange(10)}"),) if self.chance.random() < 0.3 else ()
         headers += (("kwflow-start-id", f"start-{id}"),) if self.chance.random() < 0.3 else ()
         partition = -1

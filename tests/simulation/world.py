@@ -170,6 +170,7 @@ class World:
     queue_share = 0.2  # of the seeds
     feed_share = 0.15
     clean_shares: tuple[float, ...] = (0, 0, 0, 0.4)  # of the programs: those with cleanups that wait; one of them for each seed
+    slot_shares: tuple[float, ...] = (0, 0, 0, 0.4)  # the same of programs whose tasks wait for each other
     rewind_shares: tuple[float, ...] = (0, 0, 0, 0, 0.4)  # of the clients' turns; one of them for each seed
     release_ms = 5_000  # from one release to the next, and from one machine to the next, on average
     rest_ms = 900_000  # in the calm at the end, everything must be done within this time

@@ -305,9 +305,9 @@ def test_a_step_inside_a_running_event_loop_is_a_step_all_the_same() -> None:
 ASYNCIO = {
     "asyncio.sleep(0)": "kw.sleep",
     "asyncio.wait_for(asyncio.sleep(1), 1)": "kw.timeout",
-    "asyncio.Queue().get()": "kw.suspend",
+    "asyncio.Queue().get()": "kw.wait_condition(lambda: ...), or kw.suspend()",
     "asyncio.Lock().acquire()": "no lock around code without waits",
-    "asyncio.Semaphore().__aenter__()": "one task that works sequentially",
+    "asyncio.Semaphore().__aenter__()": "kw.wait_condition",
     "asyncio.to_thread(print)": "activity",
 }
 

@@ -249,6 +249,27 @@ def main(opts):
         [start(), resume("go"), resume("one")],
         "ended",
     ),
+    "tasks that wait for each other": Case(
+        """
+def leg(name, slots, order):
+    yield kw.wait_condition(lambda: slots[0] > 0)
+    slots[0] -= 1
+    order.append(name)
+    try:
+        return (yield kw.suspend(name))
+    finally:
+        slots[0] += 1
+def main(opts):
+    slots, order = [1], []
+    def all_done():
+        return len(order) == 3 and slots[0]
+    legs = [kw.spawn(leg(name, slots, order)) for name in "abc"]
+    yield kw.wait_condition(all_done)
+    return [order, (yield kw.all(legs))]
+""",
+        [start(), resume("b", "early"), resume("a", 1), resume("b", 2), resume("c", 3)],
+        [["a", "b", "c"], [1, 2, 3]],
+    ),
     "what is paused": Case(
         "def main(opts):\n    total = 0\n    while total < 6:\n        total += yield kw.wait_signal('n')\n    return total",
         [start(), command("pause", reason="audit"), *(command("signal", name="n", value=n) for n in (1, 2)), command("unpause"), command("signal", name="n", value=3)],

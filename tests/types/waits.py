@@ -52,6 +52,7 @@ async def main(opts: dict[str, Any]) -> dict[str, Any]:
     assert_type(await kw.timeout(car(1), 5), str)
     assert_type(await kw.timeout(kw.all((car(1), hotel(2))), timedelta(hours=1)), tuple[str, float])
     assert_type(await kw.shield(hotel(1)), float)
+    assert_type(await kw.wait_condition(lambda: 5), int)
     assert_type(await price("vienna"), int)
     assert_type(await fetch("vienna"), bytes)
     task = kw.spawn(car(1))
