@@ -107,7 +107,7 @@ FED = [
     Planted("K16", "a feed's position is not part of its transaction", runner=FeedsWithoutPositions, world=Fed),
     Planted("G1", "a feed's messages are no part of its transaction", ABORTS, FeedsBeforeItCommits, world=Fed),
     Planted("K3", "a feed that was aborted reads on behind its batch", ABORTS, FeedsOnBehindAnAbort, world=Fed),
-    Planted("K1", "nobody ends the transaction that a feed died in", CRASHES_IN_COMMITS, patch=_nobody_ends_what_the_dead_left, world=Pair, first=9),
+    Planted("K1", "nobody ends the transaction that a feed died in", CRASHES_IN_COMMITS, patch=_nobody_ends_what_the_dead_left, world=Pair, first=3),
     Planted("G3", "what is there still of a topic that was shortened is passed over", Faults(kill=0.2), patch=_read_from_the_end, world=Shortened),
     Planted("G3", "a topic that was made anew is read on where the one before was", patch=_read_on_in_another_topic, world=Changed, first=4),
     Planted("G3", "a position in a topic that was deleted is taken for one in the next", ZOMBIES_IN_TRANSACTIONS, patch=_any_position_is_taken, world=Changed, first=6),
