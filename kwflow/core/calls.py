@@ -137,7 +137,7 @@ class Calls:
         try:
             self.emit(topic, key, value, headers)
         except BaseException:
-            del self.instance.waits[wait.ref]
+            self.instance.leave(wait)
             raise
         return wait
 

@@ -45,6 +45,14 @@ class Instance:
         self.pins: Pins = {}  # module versions that it runs and that are not current (semantics §8.2)
         self._adopted: weakref.WeakKeyDictionary[Any, Task] = weakref.WeakKeyDictionary()
 
+    def leave(self, wait: Suspension) -> bool:
+        """Forget a wait that is over; return whether it was known."""
+        if self.waits.get(wait.ref) is not wait:  # the ref is another wait's by now
+            return False
+        del self.waits[wait.ref]
+        self.conditions.pop(wait.ref, None)
+        return True
+
     @property
     def can_be_woken(self) -> bool:
         """Whether any record could wake it: what its own tasks do settles conditions, and nothing else does."""

@@ -264,9 +264,7 @@ class Machine:
             if isinstance(item, Suspension):
                 if self.instance.joins:
                     self._join_dirty = True
-                if self.instance.waits.get(item.ref) is item:
-                    del self.instance.waits[item.ref]
-                    self.instance.conditions.pop(item.ref, None)
+                self.instance.leave(item)
             waiters, item.waiters = item.waiters, []
             for waiter in waiters:
                 if isinstance(waiter, Combinator):
@@ -376,7 +374,7 @@ class Machine:
             elif isinstance(target, Combinator):
                 stack.extend(self._cancel_combinator(target))
             elif isinstance(target, Suspension) and target.outside:
-                if self.instance.waits.pop(target.ref, None) is not None:
+                if self.instance.leave(target):
                     self.queue.append(target)
             else:
                 stack.extend(reversed(self._settle_up(target, FAILED, Cancelled())))

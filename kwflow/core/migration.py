@@ -155,8 +155,7 @@ def _drop(calls: Calls, tasks: list[Task], waits: Mapping[str, Suspension], take
                 give_back(task.waiting_on, instance.mailbox)
     for ref, wait in waits.items():
         _settle_above(wait)
-        if ref not in taken and instance.waits.get(ref) is wait:
-            del instance.waits[ref]
+        if ref not in taken and instance.leave(wait):
             if wait.outside:
                 calls.machine.host.wait_cancelled(wait)
             wait.state, wait.value = FAILED, Cancelled()

@@ -63,6 +63,33 @@ def test_it_gets_frames_locals_and_refs_and_what_it_returns_goes_on_in_main_s_pl
     assert "cleanup" not in str(site.w.outputs_to("out"))
 
 
+def test_a_condition_can_be_taken_over_and_the_others_are_forgotten(site: Site) -> None:
+    """Decision 0067: an instance that waits for nothing but conditions would be stuck."""
+    site.deploy("def main(o):\n    n = [0]\n    yield kw.race([kw.wait_condition(lambda: n[0] > 1), kw.wait_condition(lambda: n[0] > 0), kw.suspend('r')])")
+    for id in ("c", "d"):
+        site.w.start(id)
+    [mine, other] = [wait["ref"] for wait in (site.w.header("c") or {})["waits"] if wait["kind"] == "condition"]
+    site.deploy(f"""
+def main(n, taken):
+    kw.spawn(put(n))
+    if taken is not None:
+        say((yield taken))
+    return (yield kw.suspend("late"))
+def put(n):
+    n[0] = yield kw.wait_signal("put")
+@kw.migrate(from_="{site.name}:main")
+def move(old):
+    taken = old.refs[{other!r}] if kw.workflow_id() == "c" else None
+    return main(old.locals["n"], taken), [taken] if taken is not None else []
+""")
+    for id in ("c", "d"):
+        assert (site.w.command(id, "migrate") or {})["status"] == "ok"
+        assert mine not in site.w.waits(id) and (other in site.w.waits(id)) == (id == "c")
+        site.w.signal(id, "put", 1)
+        site.w.resume(id, "late", id)
+    assert (site.w.outputs_to("out"), site.w.result("c"), site.w.result("d")) == (["True"], "c", "d")
+
+
 def test_a_moved_instance_is_on_current_code_and_what_it_brought_along_on_its_own(site: Site) -> None:
     """§8.2: the closure that was handed over belongs to the old version."""
     [old] = site.versions("v")
