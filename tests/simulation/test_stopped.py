@@ -183,6 +183,7 @@ def reencrypt(site: Site, environment: SimulatedEnvironment, _: Host) -> None:
 
 
 def all_encrypted(site: Site) -> bool:
+    site.lab.broker.time.advance(site.lab.broker.time.now + 100)  # until all markers are written
     changelogs = [(topic, number) for topic in (site.config.changelog_topic, site.config.timers_changelog_topic) for number in range(2)]
     return all(is_encrypted(value) for place in changelogs for value in site.state(*place).values())
 

@@ -15,7 +15,7 @@ import time
 import uuid
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
@@ -28,12 +28,12 @@ from kwflow.ports import Listener
 from kwflow.runners.kafka import topics
 from kwflow.runners.kafka.broker_errors import BrokerErrors, explained
 from kwflow.runners.kafka.encryption import Encryption, Unread
-from kwflow.runners.kafka.environment import LIVE, Environment, made
+from kwflow.runners.kafka.environment import LIVE, made
 from kwflow.runners.kafka.member import LATEST, offsets
 from kwflow.runners.kafka.reading import gather, read_to
 from kwflow.runners.kafka.topics import TOPIC_MS, client_config, record_of, transient
 
-__all__ = ["KafkaLink", "each_latest", "ends_in_a_transaction", "latest", "partition_for", "read", "send", "unchanged"]
+__all__ = ["KafkaLink", "each_latest", "ends_in_a_transaction", "latest", "latest_of", "partition_for", "read", "send", "unchanged"]
 
 _Places = tuple[tuple[str, int], ...]  # (topic, partition) of an id's outcome, in the result and in the error topic
 _TIMEOUT_S = 20
@@ -274,17 +274,17 @@ def send(config: Config, topic: str, key: bytes | None, value: bytes | None, hea
         raise TransportError(f"{config.bootstrap_servers} did not accept the record for {topic}: {failed[0] if failed else 'no answer'}")
 
 
-def read(config: Config, topic: str, partition: int | None = None, start: int = 0, environment: Environment = LIVE) -> Iterator[Record]:
+def read(config: Config, topic: str, partition: int | None = None, start: int = 0) -> Iterator[Record]:
     """Yield the committed records of one partition, or of all, from `start` to the present end of the topic.  Raises TransportError."""
-    admin = topics.admin(config, environment)
+    admin = topics.admin(config)
     there = topics.partitions_of(admin, config)
     if topic not in there:
         raise TransportError(f"{config.bootstrap_servers} has no topic {topic} (is --application-id right? kwflow topics create creates missing topics)", retryable=False)
     try:
-        ends = offsets(environment, config, admin, topic, range(there[topic]) if partition is None else [partition], LATEST)
+        ends = offsets(LIVE, config, admin, topic, range(there[topic]) if partition is None else [partition], LATEST)
     except KafkaException as error:
         raise TransportError(f"{config.bootstrap_servers}: {error.args[0].str()}") from None
-    yield from read_to(environment, config, topic, ends, dict.fromkeys(ends, start))
+    yield from read_to(LIVE, config, topic, ends, dict.fromkeys(ends, start))
 
 
 def ends_in_a_transaction(config: Config, topic: str) -> bool:
@@ -299,14 +299,19 @@ def unchanged(key: bytes, value: bytes) -> bytes:
     return value
 
 
-def latest(config: Config, topic: str, partition: int | None = None, kept: Callable[[bytes, bytes], bytes | None] = unchanged, environment: Environment = LIVE) -> dict[bytes, bytes]:
-    """Key -> what `kept` returns for the last value of each key in a compacted topic.
+def latest(config: Config, topic: str, partition: int | None = None, kept: Callable[[bytes, bytes], bytes | None] = unchanged) -> dict[bytes, bytes]:
+    """`latest_of` the records of one partition, or of all.  Raises TransportError."""
+    return latest_of(config, topic, read(config, topic, partition), kept)
 
-    Deleted keys, and keys for which `kept` returns None, are left out.  Raises TransportError.
+
+def latest_of(config: Config, topic: str, records: Iterable[Record], kept: Callable[[bytes, bytes], bytes | None] = unchanged) -> dict[bytes, bytes]:
+    """Key -> what `kept` returns for the last value of each key among these records of a compacted topic.
+
+    Deleted keys, and keys for which `kept` returns None, are left out.  Raises TransportError if one that is left is encrypted with another key.
     """
     found: dict[tuple[int, bytes], bytes] = {}  # by partition too, as a migration leaves a tombstone in the partition where an entry was
     unread = Unread(Encryption(config))
-    for record in read(config, topic, partition, environment=environment):
+    for record in records:
         if record.key is None or unread.passes((record.partition, record.key), record.value):
             continue
         value = kept(record.key, record.value) if record.value is not None else None

@@ -11,9 +11,11 @@ from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
 from kwflow.config import Config
 from kwflow.core.wire import Record
 from kwflow.errors import TransportError, UsageError
-from kwflow.runners.kafka import link, topics
+from kwflow.runners.kafka import topics
 from kwflow.runners.kafka.environment import Environment, Producer
+from kwflow.runners.kafka.link import latest_of, unchanged
 from kwflow.runners.kafka.member import EARLIEST, LATEST, again, offsets
+from kwflow.runners.kafka.reading import read_to
 from kwflow.runners.kafka.state import POSITION, Position, importing, position_of
 
 __all__ = ["ANSWER_S", "COMMIT_S", "Stopped", "commit", "groups_of", "marked"]
@@ -100,17 +102,19 @@ class Stopped:
             raise UsageError(f"{self.config.bootstrap_servers} has no topic {', '.join(missing)}; create what is missing with kwflow topics create (is --application-id right?)")
 
     def read(self, topic: str, number: int | None = None, start: int = 0) -> Iterator[Record]:
-        """link.read"""
-        return link.read(self.config, topic, number, start, self.environment)
+        """Yield the committed records of one partition, or of all, from `start` to the present end of the topic."""
+        ends = self.offsets(topic, LATEST, number)
+        yield from read_to(self.environment, self.config, topic, ends, dict.fromkeys(ends, start))
 
-    def latest(self, topic: str, number: int, kept: Callable[[bytes, bytes], bytes | None] = link.unchanged) -> dict[bytes, bytes]:
-        """link.latest"""
-        return link.latest(self.config, topic, number, kept, self.environment)
+    def latest(self, topic: str, number: int, kept: Callable[[bytes, bytes], bytes | None] = unchanged) -> dict[bytes, bytes]:
+        """link.latest_of the records of one partition."""
+        return latest_of(self.config, topic, self.read(topic, number), kept)
 
-    def offsets(self, topic: str, spec: OffsetSpec) -> dict[int, int]:
+    def offsets(self, topic: str, spec: OffsetSpec, number: int | None = None) -> dict[int, int]:
         """Partition -> its first offset or its end, as `spec` says."""
+        numbers = range(self.partitions[topic]) if number is None else [number]
         try:
-            return offsets(self.environment, self.config, self.admin, topic, range(self.partitions[topic]), spec)
+            return offsets(self.environment, self.config, self.admin, topic, numbers, spec)
         except KafkaException as error:
             raise TransportError(f"cannot read the offsets of {topic}: {error.args[0].str()}") from None
 

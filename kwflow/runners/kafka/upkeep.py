@@ -141,12 +141,24 @@ def migrate(config: Config, partitions: int, say: Callable[[str], None], environ
         more = [NewPartitions(topic, partitions) for topic in (source, changelog) if there[topic] < partitions]
         if more:
             _done(stopped.admin.create_partitions(more, operation_timeout=_TIMEOUT_S), f"add partitions to {source} and {changelog}")
-            there |= dict.fromkeys((source, changelog), partitions)
+            stopped = _grown(stopped, partitions, source, changelog)
         try:
             moved = _move(stopped, group)
         except KafkaException as error:
             raise TransportError(f"cannot move the entries of {changelog}: {error.args[0].str()}; no engine starts until kwflow topics migrate --partitions {partitions} has finished") from None
         say(f"{source} and {changelog} have {partitions} partitions; {moved} entries moved")
+
+
+def _grown(stopped: Stopped, partitions: int, *names: str) -> Stopped:
+    """The same application with a client that knows the new partitions: one that knows the old ones does not ask for others.  Raises TransportError."""
+    environment, config = stopped.environment, stopped.config
+    give_up = environment.monotonic() + _TIMEOUT_S
+    while environment.monotonic() < give_up:
+        found = Stopped(config, environment)
+        if all(found.partitions[name] == partitions for name in names):
+            return found
+        environment.sleep(_AGAIN_S)
+    raise TransportError(f"{config.bootstrap_servers} does not know the new partitions of {' and '.join(names)} yet; run the command again", retryable=False)
 
 
 def _check_applied(stopped: Stopped, group: str) -> None:
