@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from urllib.parse import unquote
 
 import msgspec
-from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, generate_latest
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -177,11 +177,10 @@ def _durations(name: str, text: str, labels: Sequence[str], parts: Sequence[Dura
 
 
 def metrics_registry(runners: Sequence[Watched], config: Config) -> CollectorRegistry:
-    """Return a registry for these runners alone, so that two engines in one process do not collide."""
+    """Return a registry of its own, so that two engines in one process do not collide; with what is kept in everybody's: by the process itself, and by activities."""
     registry = CollectorRegistry()
     registry.register(_Metrics(runners, config))
-    for collector in (ProcessCollector, PlatformCollector, GCCollector):
-        collector(registry=registry)
+    registry.register(REGISTRY)
     return registry
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from prometheus_client import generate_latest
+from prometheus_client import REGISTRY, Counter, generate_latest
 from rich.console import Console
 
 from kwflow.cli.watching import RestoreBar, log_of, watched
@@ -155,6 +155,20 @@ def test_metrics_of_several_runners_are_added_and_a_restore_is_at_most_whole() -
         'kwflow_restore_ratio{partition="2",topic="app-resume"} 1.0', 'kwflow_restore_ratio{partition="4",topic="app-resume"} 1.0',
     ):  # fmt: skip
         assert line in text
+
+
+def test_metrics_of_the_process_and_those_that_its_activities_keep_are_there_too() -> None:
+    """They are in the registry that prometheus_client has for everybody."""
+    charged = Counter("shop_charged_cents", "Cents that the activity `charge` has charged.", ["currency"])
+    charged.labels("EUR").inc(250)
+    try:
+        with serve_http("127.0.0.1:0", [Restoring()], Config()) as port:
+            status, said = get(port, "/metrics")
+    finally:
+        REGISTRY.unregister(charged)
+    lines = said.splitlines()
+    assert status == 200 and 'shop_charged_cents_total{currency="EUR"} 250.0' in lines
+    assert sum(line.startswith("process_cpu_seconds_total ") for line in lines) == 1
 
 
 def test_an_engine_is_told_of_at_the_address_where_others_reach_it() -> None:
