@@ -77,20 +77,20 @@ class Stopped:
         running = [group for group in groups if group.state not in (ConsumerGroupState.EMPTY, ConsumerGroupState.DEAD) or group.members]
         return ", ".join(sorted({member.group_instance_id or member.client_id for group in running for member in group.members})) or (running[0].group_id if running else "")
 
-    def ask(self, ask: Callable[[], Mapping[Any, Any]], what: str) -> list[Any]:
+    def ask(self, request: Callable[[], Mapping[Any, Any]], what: str) -> list[Any]:
         """The answers to a request about groups.  It is repeated while a coordinator is still loading or moving, or a transaction is still ending, which a partition in an answer may say, too."""
         give_up = self.environment.monotonic() + _TIMEOUT_S
         while True:
             try:
-                found = [topics.result_of(future, ANSWER_S) for future in ask().values()]
+                found = [topics.result_of(future, ANSWER_S) for future in request().values()]
                 failed = next((place for one in found for place in getattr(one, "topic_partitions", ()) if place.error is not None), None)
                 if failed is None:
                     return found
                 error, where = failed.error, f" on {failed.topic}[{failed.partition}]"
             except KafkaException as refused:
                 error, where = refused.args[0], ""
-            again = topics.transient(error) or error.code() == KafkaError.UNSTABLE_OFFSET_COMMIT
-            if not again or self.environment.monotonic() > give_up:
+            passes = topics.transient(error) or error.code() == KafkaError.UNSTABLE_OFFSET_COMMIT
+            if not passes or self.environment.monotonic() > give_up:
                 raise TransportError(f"cannot {what}{where}: {error.name()}: {error.str()}", retryable=False)
             self.environment.sleep(_AGAIN_S)
 
