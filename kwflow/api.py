@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 
 from kwflow.activities import Activity, Retry, activity, activity_named, batch_of, registered_activities
 from kwflow.batches import Call
-from kwflow.core import children, messages, wire
+from kwflow.core import children, messages, updates, wire
 from kwflow.core.children import Child
 from kwflow.core.current import current
 from kwflow.core.mailbox import Inbox, Update
@@ -124,12 +124,12 @@ def on_update(name: str, validator: Callable[[Any], object] | None = None) -> In
 
 def reply(update: Update, value: object = None) -> None:
     """Answer an update with JSON; the answer is sent when this step is committed.  Updates still open at the end are answered with `ended`."""
-    messages.reply(current(), update, value)
+    updates.reply(current(), update, value)
 
 
 def reject(update: Update, reason: str) -> None:
     """Refuse an update, as its validator would have done: its sender gets CommandError `rejected` with the reason."""
-    messages.reject(current(), update, reason)
+    updates.reject(current(), update, reason)
 
 
 def send_signal(id: str, name: str, value: object = None, *, start: str | Callable[..., Any] | None = None, input: object = None) -> None:

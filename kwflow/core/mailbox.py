@@ -1,4 +1,4 @@
-"""What author code holds of the mailbox: the inbox of a name, and an update that it is to answer (M3)."""
+"""What author code holds of the mailbox: the inbox of a name (M3)."""
 
 from __future__ import annotations
 
@@ -8,26 +8,13 @@ from typing import Any
 from kwflow.core.current import current
 from kwflow.core.mail import Mail, Mailbox, SignalWait, UpdateWait
 from kwflow.core.tasks import Series
+from kwflow.core.updates import Update
 from kwflow.errors import UsageError
 
 __all__ = ["Inbox", "Mail", "Mailbox", "Update", "checked_name"]
 
 _NAME_CHARACTERS_MAX = 200
-Mail.__module__ = Mailbox.__module__ = __name__  # snapshots name them in this module
-
-
-class Update:
-    """A request that this workflow answers with `kw.reply(update, value)`."""
-
-    __slots__ = ("name", "number", "value")
-
-    def __init__(self, number: int, name: str, value: object) -> None:
-        self.number = number
-        self.name = name
-        self.value: Any = value
-
-    def __repr__(self) -> str:
-        return f"<update {self.number} {self.name}>"
+Mail.__module__ = Mailbox.__module__ = Update.__module__ = __name__  # snapshots name them in this module
 
 
 class Inbox(Series):

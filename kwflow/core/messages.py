@@ -1,8 +1,8 @@
 """What a command does in a step, and the calls by which author code reads and sends messages (M2, M3).
 
 Each op is a function of the running step and the command.  Ops that run no author code (query, terminate, pause) need
-only the header and are in `ops.py`.  Three entries of the header belong to this module: `ids` holds the replies to the
-last commands, `updates` who waits for the answer to an accepted update, `mailbox` how much is unread.
+only the header and are in `ops.py`.  How an update is answered is in `updates.py`.  One entry of the header belongs to this
+module: `mailbox`, how much is unread.
 """
 
 from __future__ import annotations
@@ -18,24 +18,21 @@ from kwflow.core.contract import Keep, Limits, Transition
 from kwflow.core.current import slot
 from kwflow.core.instance import CLOSING, Instance
 from kwflow.core.mail import Mailbox, SignalWait
-from kwflow.core.mailbox import Inbox, Update, checked_name
+from kwflow.core.mailbox import Inbox, checked_name
 from kwflow.core.outcomes import describe_error
 from kwflow.core.tasks import ABORTS
+from kwflow.core.updates import PENDING, Update, remember
 from kwflow.core.values import json_dumps
 from kwflow.core.wire import Address, Command, Record, Reply
 from kwflow.errors import KwflowBug, ProtocolError, UsageError
 
 __all__ = [
-    "ENDED", "IDS_MAX", "OPS", "absent", "after_end", "applied_before", "close", "describe", "ignored", "mailbox_of", "no_migration", "no_room", "on_update", "reject", "remember", "reply",
+    "ENDED", "OPS", "absent", "after_end", "applied_before", "describe", "ignored", "mailbox_of", "no_migration", "no_room", "on_update",
     "send_signal", "set_status", "signal_text", "signals", "wait_signal",
 ]  # fmt: skip
 
-IDS_MAX = 256  # M1.4: how many commands an instance recognizes when they are repeated
-_VALUES_MAX = 16  # how many of these keep the value of their reply; an update may be repeated soon, not for ever
-_VALUE_BYTES_MAX = 4096
 _STATUS_BYTES_MAX = 16_384  # it is stored in the header, which every listing reads
 _ADDRESSES_MAX = 8  # how many senders may wait for one update that all of them sent with the same kwflow-id
-_PENDING = "pending"
 ENDED = "it has ended"
 
 
@@ -73,28 +70,13 @@ def applied_before(calls: Calls, command: Command) -> Transition | None:
     if known is None:
         return None
     address = wire.reply_address(calls.record)
-    if known[0] == _PENDING:
+    if known[0] == PENDING:
         for waiting in extra.get("updates", {}).values():
             if waiting["id"] == command.id and address is not None and len(waiting["to"]) < _ADDRESSES_MAX:
                 waiting["to"].append(msgspec.to_builtins(address))
         calls.changed = False
         return calls.run(lambda: None, "repeated")
     return Transition(Keep(), replies=(Reply(address, *known),) if address is not None else (), outcome="repeated")
-
-
-def remember(ids: dict[str, list[Any]], id: str, status: str, message: str = "", value: object = None) -> None:
-    """Keep the reply to a command: the last 256 replies, and the values of the last 16."""
-    if value is not None:
-        if len(json_dumps(value)) > _VALUE_BYTES_MAX:
-            status, message, value = "repeated", "it was done before; the reply was too large to keep", None
-        else:
-            with_value = [known for known in ids.values() if known[2] is not None]
-            for known in with_value[: max(0, len(with_value) - _VALUES_MAX + 1)]:
-                known[:] = "repeated", "it was done before; the reply is no longer kept", None
-    ids.pop(id, None)
-    ids[id] = [status, message, value]
-    while len(ids) > IDS_MAX:
-        del ids[next(iter(ids))]
 
 
 def _answer(calls: Calls, command: Command, status: str, message: str = "", value: object = None) -> None:
@@ -141,7 +123,7 @@ def _update(calls: Calls, command: Command) -> None:
     address = wire.reply_address(calls.record)
     instance.extra.setdefault("updates", {})[str(number)] = {"id": command.id, "to": [msgspec.to_builtins(address)] if address is not None else []}
     if command.id is not None:
-        remember(instance.extra.setdefault("ids", {}), command.id, _PENDING)
+        remember(instance.extra.setdefault("ids", {}), command.id, PENDING)
     mailbox.put("update", arguments.name, Update(number, arguments.name, arguments.value), len(calls.record.value or b""), None)
     calls.machine.deliver("update", arguments.name)
 
@@ -242,42 +224,6 @@ def on_update(calls: Calls, name: str, validator: Callable[[Any], object] | None
     return Inbox("update", name)
 
 
-def reply(calls: Calls, update: object, value: object) -> None:
-    """Answer an update, in the transaction of this step.  Once main has ended, the update has been answered with `ended`, and this does nothing."""
-    size = len(json_dumps(value))
-    if size > calls.context.limits.value_bytes_max // 2:
-        raise UsageError(f"a reply can have at most {calls.context.limits.value_bytes_max // 2} bytes, not {size} (half of limit value_bytes_max); reply with a reference instead, or raise the limit")
-    _settle_update(calls, "kw.reply", update, "ok", "", msgspec.json.decode(json_dumps(value)))
-
-
-def reject(calls: Calls, update: object, reason: str) -> None:
-    """Reject an update after it was accepted; the sender gets the same answer as from a validator."""
-    if not isinstance(reason, str):
-        raise UsageError(f"kw.reject takes a reason, not {reason!r}; to reply with a value, use kw.reply")
-    _settle_update(calls, "kw.reject", update, "rejected", reason[:1000].encode("utf-8", "replace").decode(), None)  # the reason is often the text of an error
-
-
-def _settle_update(calls: Calls, said: str, update: object, status: str, message: str, value: object) -> None:
-    if not isinstance(update, Update):
-        raise UsageError(f"{said} takes an update from kw.on_update, not {update!r}")
-    extra = calls.instance.extra
-    waiting = extra.get("updates", {}).pop(str(update.number), None)
-    if waiting is None:
-        if calls.instance.status == CLOSING:
-            return
-        raise UsageError(f"{update!r} has already been answered")
-    _answer_update(calls, waiting, status, message, value)
-    if not extra["updates"]:
-        del extra["updates"]
-
-
-def _answer_update(calls: Calls, waiting: dict[str, Any], status: str, message: str = "", value: object = None) -> None:
-    for address in waiting["to"]:
-        calls.replies.append(Reply(msgspec.convert(address, Address), status, message, value))
-    if waiting["id"] is not None:
-        remember(calls.instance.extra.setdefault("ids", {}), waiting["id"], status, message, value)
-
-
 def signal_text(said: str, name: str, value: object, start: object, input: object, functions: Mapping[str, Callable[..., Any]], most: int) -> bytes:
     """Return the JSON arguments of a signal whose sender gets no reply.
 
@@ -322,9 +268,3 @@ def describe(calls: Calls, mailbox: Mailbox) -> None:
     extra.pop("mailbox", None)
     if mailbox.boxes:
         extra["mailbox"] = mailbox.sizes()
-
-
-def close(calls: Calls) -> None:
-    """Answer all open updates with `ended`: main has ended, and nobody else will answer them."""
-    for waiting in calls.instance.extra.pop("updates", {}).values():
-        _answer_update(calls, waiting, "ended")

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from kwflow.core import children, messages, outcomes, queues, wire
+from kwflow.core import children, outcomes, queues, updates, wire
 from kwflow.core.calls import timer_key
 from kwflow.core.contract import Context, Topics
 from kwflow.core.dispatch import Dispatch, Withdraw
@@ -253,7 +253,7 @@ def rewind(header: dict[str, Any], earlier: dict[str, Any], record: Record, cont
         made["ids"] = dict(header["ids"])
     for waiting in left.values():
         if waiting["id"] is not None:
-            messages.remember(made.setdefault("ids", {}), waiting["id"], "rejected", _UNDONE)
+            updates.remember(made.setdefault("ids", {}), waiting["id"], "rejected", _UNDONE)
     if open_then:
         made["updates"] = {number: open_now[number] if number in open_now.keys() - left.keys() else {"id": None, "to": []} for number in open_then}
     return Rewound({**made, "updated": record.timestamp_ms}, tuple(outputs), (*withdrawn, *dispatch), tuple(replies))

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from kwflow.core import children, messages, ops, outcomes, queues, typed, wire
+from kwflow.core import children, messages, ops, outcomes, queues, typed, updates, wire
 from kwflow.core.calls import Calls
 from kwflow.core.contract import Context, Ended, Keep, Save, Transition
 from kwflow.core.current import in_step, slot
@@ -314,4 +314,4 @@ class Step(Calls):
         if outcome == "error":
             self.logs.append(f"ended with {in_log}")
         extra["outcome"] = outcomes.kept(outcome, value, at)
-        messages.close(self)
+        updates.close(self)

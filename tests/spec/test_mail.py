@@ -570,3 +570,64 @@ def test_a_status_is_a_copy_and_has_a_limit() -> None:
 )
 def test_wrong_calls_are_named(call: str, said: str) -> None:
     assert said in run(f"def gen(v):\n    yield v\ndef main(o):\n    {call}\n    yield kw.suspend('r')").values("workflow-error")[0]
+
+
+# -- `with update:` ------------------------------------------------------------------------------------------------------
+HANDLED = """
+def handle(update):
+    with update:
+        answer = yield kw.suspend(f'ask-{update.value}')
+        if answer == 'reply':
+            kw.reply(update, 'said')
+        if answer != 'end':
+            raise ValueError(answer)
+def main(o):
+    inbox = kw.on_update('n')
+    while True:
+        kw.spawn(handle((yield inbox)))
+"""
+
+
+def answer(w: WorkflowTester, id: str = "w") -> list[Any]:
+    return [(reply["status"], reply["message"], reply["value"]) for reply in w.replies if reply["status"] in ("ok", "rejected", "ended")]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"), [("no", ("rejected", "ValueError: no", None)), ("end", ("ok", "", None)), ("reply", ("ok", "", "said"))]
+)
+def test_an_update_is_answered_however_its_block_ends(given: str, told: Any) -> None:
+    """M3: whoever has sent it would wait for an answer that never comes, when its handler has failed. The block is saved and restored in between."""
+    w = run(HANDLED)
+    assert w.update("w", "n", 1) is None
+    w.resume("w", "ask-1", given)
+    assert answer(w) == [told]
+    assert ("failed, and nobody awaits it: ValueError" in " ".join(w.logs)) == (given != "end"), "the error goes on"
+    assert w.update("w", "n", 2) is None, "and the workflow takes the next one"
+
+
+def test_an_update_whose_handler_is_cancelled_is_rejected_and_one_that_is_open_at_the_end_has_ended() -> None:
+    w = run("""
+def handle(update):
+    with update:
+        yield kw.suspend(f'ask-{update.value}')
+def main(o):
+    inbox = kw.on_update('n')
+    task = kw.spawn(handle((yield inbox)))
+    kw.spawn(handle((yield inbox)))
+    kw.cancel(task)
+    yield kw.suspend('r')
+""")
+    for n in (1, 2):
+        w.update("w", "n", n)
+    w.resume("w", "r")
+    assert [status for status, *_ in answer(w)] == ["rejected", "ended"]
+
+
+def test_a_block_answers_an_update_once_although_its_sender_has_asked_again() -> None:
+    """M1.4."""
+    w = run(HANDLED)
+    for _ in range(2):
+        w.command("w", "update", {"name": "n", "value": 1}, kwflow_id="same")
+    w.resume("w", "ask-1", "no")
+    assert answer(w) == [("rejected", "ValueError: no", None)] * 2
+    assert (w.command("w", "update", {"name": "n", "value": 1}, kwflow_id="same") or {})["message"] == "ValueError: no"

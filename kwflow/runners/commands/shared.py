@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from kwflow.config import Config
-from kwflow.core import messages, snapshot
+from kwflow.core import snapshot, updates
 from kwflow.core.contract import Context
 from kwflow.core.dispatch import Dispatch
 from kwflow.core.wire import Command, Output, Record
@@ -78,7 +78,7 @@ def done(batch: Batch, name: str, record: Record, command: Command, status: str,
         fields: dict[str, Any] = snapshot.changed(left, record.timestamp_ms) if made and command.op != "fork" else {}  # a fork does not change its original
         if command.id is not None:
             fields["ids"] = left.get("ids", {})
-            messages.remember(fields["ids"], command.id, status, message, value)
+            updates.remember(fields["ids"], command.id, status, message, value)
         if fields:
             batch.state.put(key, snapshot.amend(stored, batch.config.signing_keys, **fields))
     mine = Decision(counts=(_COUNTED.get(command.op, command.op),), replies=parked.answered(batch.config, record, status, message, value))
