@@ -143,6 +143,13 @@ class Update:
         """`accepted` is the offset of its record."""
         self.value, self.waiting, self.id, self.accepted = value, waiting, id, accepted
 
+    def __enter__(self) -> "Update":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if _running and self in running().open:
+            running().answer_update(self, "ok" if error is None else "rejected", None)
+
 
 # -- what authors call ----------------------------------------------------------------------------------------------------
 _running: list["Instance"] = []

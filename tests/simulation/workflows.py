@@ -196,13 +196,24 @@ def tell(other, name, value, start):
 
 
 def judge(node):
-    """Answers what it is asked while something goes on: what is odd is rejected."""
+    """Answers what it is asked while something goes on: what is odd is rejected, and some of it only after a while."""
+
+    def later(update):
+        with update:
+            yield kw.sleep(0.5)
+            if update.value % 5:
+                kw.reply(update, -update.value)
+            if update.value % 4:
+                raise ValueError(f"{update.value} is not divided by four")
+
     asked, work = kw.on_update("judge"), kw.spawn(run(node))
     while True:
         what, found = yield kw.race({"asked": asked, "work": work}, cancel_rest=False)
         if what == "work":
             return found
-        if found.value % 2:
+        if found.value % 3 == 0:
+            kw.spawn(later(found))
+        elif found.value % 2:
             say("rejected", found.value)
             kw.reject(found, f"{found.value} is odd")
         else:
