@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import types
 from collections import deque
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from kwflow.core.instance import CLOSING, Instance
 from kwflow.core.mail import SignalWait, give_back, mark_read
@@ -20,6 +20,7 @@ from kwflow.errors import Cancelled, KwflowBug, UsageError
 
 __all__ = ["Host", "Machine"]
 
+_Wait = TypeVar("_Wait", bound=Suspension)
 
 
 class Host(Protocol):
@@ -298,6 +299,7 @@ class Machine:
         if combinator.wait_rest and self._rest(combinator):
             self.instance.joins.append(combinator)
             self._join_dirty = True
+            self._mail += [(child.kind, child.name) for child in combinator.children if isinstance(child, SignalWait) and not child.settled]
             return True
         return False
 
@@ -316,11 +318,18 @@ class Machine:
                 self.settle(combinator, *combinator.decided)
                 self._join_dirty = bool(self.instance.joins)
 
+    def _waited_for(self, waits: list[_Wait]) -> list[_Wait]:
+        """Return those of these waits that a task or a combinator waits for.  One that joins is no longer among the waiters of the rest."""
+        if not self.instance.joins or all(wait.waiters for wait in waits):
+            return [wait for wait in waits if wait.waiters]
+        joined = {id(child) for join in self.instance.joins for child in join.children}
+        return [wait for wait in waits if wait.waiters or id(wait) in joined]
+
     # -- mail (M3) -----------------------------------------------------------------------------------------------
     def deliver(self, kind: str, name: str) -> None:
         """Give the mail of one box to the waits for it, in the order in which these were created."""
         for wait in [wait for wait in self.instance.waits.values() if isinstance(wait, SignalWait)]:
-            if wait.kind == kind and wait.name == name and wait.waiters and not wait.settled and not self._fetch(wait):
+            if wait.kind == kind and wait.name == name and not wait.settled and self._waited_for([wait]) and not self._fetch(wait):
                 return
 
     def _fetch_for(self, combinator: Combinator) -> None:
@@ -352,8 +361,8 @@ class Machine:
 
         What it wakes runs before any other is asked, because it may take what others wait for.
         """
-        for condition in list(self.instance.conditions.values()):
-            outcome = self.host.ask(condition) if condition.waiters else None
+        for condition in self._waited_for(list(self.instance.conditions.values())):
+            outcome = self.host.ask(condition)
             if outcome is not None:
                 self.settle(condition, *outcome)
                 return True
@@ -415,7 +424,9 @@ class Machine:
         for task in list(self.instance.tasks.values()):
             if not task.settled and not task.shielded and task not in cleaning:
                 self.cancel_all([task])
-        self.cancel_all([wait for wait in list(self.instance.waits.values()) if wait.outside and not wait.waiters])
+        outside = [wait for wait in self.instance.waits.values() if wait.outside]
+        kept = set(self._waited_for(outside))
+        self.cancel_all([wait for wait in outside if wait not in kept])
 
     def _cleaning(self) -> set[Task]:
         """The tasks that were cancelled and have not ended, and those that they wait for."""

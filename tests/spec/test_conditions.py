@@ -126,6 +126,23 @@ def main(o):
     assert w.result("w") == ["go", 0]
 
 
+def test_a_condition_that_did_not_decide_a_race_is_asked_while_the_race_waits_for_the_rest() -> None:
+    """Semantics §1.5."""
+    w = run("""
+def main(o):
+    seen = []
+    def other():
+        seen.append((yield kw.suspend('x')))
+        yield kw.suspend('y')
+    kw.spawn(other())
+    condition = kw.wait_condition(lambda: seen and seen[0])
+    first = yield kw.race([kw.suspend('a'), condition], cancel_rest=False, wait_rest=True)
+    return [first, (yield condition)]""")
+    w.resume("w", "a", 1)
+    w.resume("w", "x", 2)
+    assert w.result("w") == [1, 2]
+
+
 def test_a_cancel_ends_the_wait_and_what_has_ended_waits_for_no_condition() -> None:
     """Semantics 2.4: an instance that only its own tasks could wake, of which none can go on, is forgotten."""
     w = run("""

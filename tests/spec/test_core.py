@@ -183,6 +183,33 @@ def main(o):
     assert w.header("w") is None
 
 
+@pytest.mark.parametrize("undo", ["release()", "kw.shield(release())"])
+def test_the_end_of_main_leaves_alone_the_rest_that_a_decided_wait_of_a_cleanup_waits_for(undo: str) -> None:
+    """Semantics §2.4: with `wait_rest`, the cleanup waits for the whole rest, also for what is no task."""
+    w = run(f"""
+def release():
+    yield kw.race([kw.suspend("released"), kw.sleep(50)], cancel_rest=False, wait_rest=True)
+    say("released")
+def booked():
+    try:
+        yield kw.suspend("never")
+    finally:
+        yield {undo}
+def main(o):
+    task = kw.spawn(booked())
+    kw.cancel(task)
+    kw.sleep(70)
+    yield kw.suspend("end")
+""")
+    w.resume("w", "released")
+    w.resume("w", "end")
+    assert w.waits("w") == ["0:2"], "the timer that nobody waits for is cancelled"
+    w.advance(49)
+    assert (w.outputs_to("out"), w.header("w")["status"]) == ([], "closing")
+    w.advance(1)
+    assert (w.outputs_to("out"), w.header("w")) == (["released"], None)
+
+
 def test_a_timeout_may_wait_until_what_it_cancelled_has_cleaned_up() -> None:
     w = run("""
 def booked():

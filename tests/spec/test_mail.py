@@ -206,6 +206,20 @@ def main(o):
 SLEEPS = "def main(o):\n    yield kw.suspend('go')\n    return len(kw.signals('a').take())"
 
 
+@pytest.mark.parametrize("early", [True, False])
+def test_a_wait_that_did_not_decide_a_race_takes_its_signal_while_the_race_waits_for_the_rest(early: bool) -> None:
+    """M3, semantics §1.5: its message is there already, or comes later."""
+    w = run("""
+def main(o):
+    yield kw.suspend("go")
+    b, unused = kw.wait_signal("b"), kw.wait_signal("b")
+    first = yield kw.race([kw.wait_signal("a"), b], cancel_rest=False, wait_rest=True)
+    return [first, (yield b), unused.settled]""")
+    for step in ("a", "b", "go") if early else ("go", "a", "b"):
+        w.resume("w", step) if step == "go" else signal(w, step, step.upper())
+    assert w.result("w") == ["A", "B", False]
+
+
 def test_over_1000_messages_the_reply_is_full_or_there_is_a_dead_letter() -> None:
     """M3, at the limit and one past it. Messages that were read make room."""
     w = run("def main(o):\n    yield kw.suspend('go')\n    say(len(kw.signals('a').take()))\n    return (yield kw.suspend('end'))")
