@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import encodings
 import pathlib
 import re
 from collections.abc import Iterator
@@ -188,6 +189,15 @@ def test_a_callback_in_what_is_no_charset_is_refused_unread(ask: Asking, charset
     """Anybody may send a megabyte of punycode. Decoding it takes minutes, in which nobody else is served."""
     answer = ask("POST", "/callbacks/w/callback-1", content=b"a-b", headers={"Content-Type": f"text/plain; charset={charset}"})
     assert (answer.status_code, answer.json()["detail"]) == (400, f"the body is neither JSON nor text in {charset.lower()}")
+
+
+def test_names_of_charsets_that_callbacks_invent_are_not_kept(ask: Asking) -> None:
+    """Python keeps every name that it was ever asked for, and a callback needs no token."""
+    names = [f"invented-{n}" for n in range(3)] + ["utf" + "-" * n + "8" for n in range(2, 5)]
+    kept = len(encodings._cache)
+    for name in names:
+        ask("POST", "/callbacks/w/callback-1", content=b"\xff", headers={"Content-Type": f"text/plain; charset={name}"})
+    assert len(encodings._cache) <= kept + 1  # utf_8
 
 
 def test_two_keys_that_differ_are_refused(ask: Asking) -> None:
