@@ -14,11 +14,13 @@ _NAMES = frozenset(name.replace(".", "_") for name in (*aliases, *aliases.values
 
 
 def text_in(data: bytes, charset: str) -> str:
-    """Decode the bytes.  Raises LookupError for an unknown charset, ValueError for bytes that are not valid in it.
+    """Decode the bytes.  Raises LookupError for an unknown charset, ValueError for bytes that are not valid in it or mean text that no record can hold.
 
     Python looks up known names only, in one spelling: it keeps each name that it has ever looked up, and these come from anybody.
     """
     name = encodings.normalize_encoding(charset).lower()
     if not charset.isascii() or name.replace(".", "_") not in _NAMES:
-        raise LookupError(f"unknown encoding: {charset}")
-    return data.decode(name)
+        raise LookupError(f"unknown encoding: {charset[:100]}")
+    text = data.decode(name)
+    text.encode("utf-8")  # UTF-7 may contain surrogates
+    return text

@@ -157,11 +157,9 @@ async def any_body(request: Request) -> Any:
             """It is text, then."""
     charset = parameters.partition("charset=")[2].partition(";")[0].strip(' "') or "utf-8"
     try:
-        text = text_in(data, charset)
-        text.encode("utf-8")
+        return text_in(data, charset)
     except (LookupError, ValueError):
         raise RequestError("bad_json", f"the body is neither JSON nor text in {charset[:100]}") from None
-    return text
 
 
 def workflow_path(request: Request, id: str) -> str:

@@ -28,6 +28,7 @@ __all__ = ["request", "token"]
 
 _SAFE = ("GET", "HEAD", "OPTIONS")  # methods that are safe to repeat
 _ERROR_BODY_CHARACTERS_MAX = 2_000  # of the text in a response with an error status
+_QUOTED_CHARACTERS_MAX = 200  # of a header or a reason phrase that a failure quotes
 _COOKIES_MAX = 50  # RFC 6265 §6.1: how many a client should be able to keep for a host
 _COOKIE_CHARACTERS_MAX = 16_384  # of all cookies together, as they are sent with each request
 _RETRY_AFTER_S_MAX = 86_400.0
@@ -144,7 +145,7 @@ def _response(where: str, response: Any, data: bytes | None, cookies: list[Cooki
         try:
             body = _decoded(data, response)
         except ValueError as error:
-            problem = f"does not match its Content-Type {response.headers.get('content-type', 'application/json')!r}: {error}"
+            problem = f"does not match its Content-Type {response.headers.get('content-type', 'application/json')[:_QUOTED_CHARACTERS_MAX]!r}: {error}"
             body = None
     if response.is_success:
         failure = Failure("ResponseError", f"the response to {where} {problem}", status) if problem else None
@@ -153,7 +154,7 @@ def _response(where: str, response: Any, data: bytes | None, cookies: list[Cooki
         body = data.decode("utf-8", "replace")
     if isinstance(body, str):
         body = body[:_ERROR_BODY_CHARACTERS_MAX]
-    failure = Failure("StatusError", f"{where} was answered with {status} {response.reason_phrase}".rstrip(), status, body)
+    failure = Failure("StatusError", f"{where} was answered with {status} {response.reason_phrase[:_QUOTED_CHARACTERS_MAX]}".rstrip(), status, body)
     return Response(status, None, cookies if kept else None, _retry_after_s(response.headers.get("retry-after")), failure)
 
 

@@ -54,6 +54,7 @@ def test_retry_after_is_seconds_or_a_date_of_at_most_a_day(service: Service) -> 
         Answer(b"\xff", headers={"Content-Type": "text/plain"}),
         Answer(b"x", headers={"Content-Type": "text/plain; charset=klingon"}),
         Answer(b"a-b", headers={"Content-Type": "text/plain; charset=punycode"}),
+        Answer(b"+2AA-", headers={"Content-Type": "text/plain; charset=utf-7"}),  # a surrogate, which no record can hold
         Answer(b"[" * 9000 + b"]" * 9000, headers={"Content-Type": "application/json"}),
         Answer(b"[" * 9000 + b"]" * 9000, headers={"Content-Type": "application/octet-stream"}),
         Answer(b'{"a": NaN}', headers={"Content-Type": "application/json"}),
@@ -64,6 +65,18 @@ def test_what_is_not_as_its_content_type_says_is_final(service: Service, answer:
     told = sent(service, answer)
     assert (told.failure.type, told.final, told.body) == ("ResponseError", True, None)
     assert answer.headers["Content-Type"] in told.failure.message
+
+
+def test_an_error_whose_text_no_record_can_hold_is_told_with_its_bytes_as_text(service: Service) -> None:
+    assert sent(service, Answer(b"+2AA-", 422, {"Content-Type": "text/plain; charset=utf-7"})).failure.body == "+2AA-"
+
+
+def test_a_failure_quotes_only_the_beginning_of_what_the_service_says(service: Service) -> None:
+    """The failure is kept with the workflow and logged; a header may have 100 KB."""
+    long = "x" * 60_000
+    for kind in (long, f"text/plain; charset={long}"):
+        told = sent(service, Answer(b"\xff", headers={"Content-Type": kind}))
+        assert (told.failure.type, len(told.failure.message) < 1_000) == ("ResponseError", True)
 
 
 def test_a_response_that_breaks_off_is_tried_again(service: Service) -> None:
