@@ -24,6 +24,7 @@ SIGNAL = "kwflow.schedule"
 _CAUGHT_UP_MAX = 1_000  # missed times handled in one waking
 _QUEUED_MAX = 100
 _ACTIVE_MAX = 1_000
+_ACTIVE_BYTES_MAX = 700_000  # so that the snapshot stays below snapshot_bytes_max
 _NAME_BYTES_MAX = 400  # with a time and a number added, it is the id of a run
 _LATE_MS = 60_000  # a busy engine is late by less than this; a time that is no older never counts as missed
 
@@ -107,13 +108,18 @@ def due(state: dict[str, Any], now_ms: int) -> list[str]:
     for run in _asked(state, now_ms):
         if state["plan"]["overlap"] == "queue" and len(state["queue"]) < _QUEUED_MAX:
             state["queue"].append(run)
-        elif state["plan"]["overlap"] == "allow" and len(state["active"]) < _ACTIVE_MAX or state["plan"]["overlap"] == "skip" and not state["active"]:
+        elif state["plan"]["overlap"] == "allow" and len(state["active"]) < _active_max(state["plan"]["name"]) or state["plan"]["overlap"] == "skip" and not state["active"]:
             _start(state, run, now_ms, found)
         else:
             state["skipped"] += 1
     if state["queue"] and not state["active"]:
         _start(state, state["queue"].pop(0), now_ms, found)
     return found
+
+
+def _active_max(name: str) -> int:
+    """An active run takes 460 bytes of the snapshot, and the name of its schedule three times."""
+    return min(_ACTIVE_MAX, _ACTIVE_BYTES_MAX // (460 + 3 * len(name.encode())))
 
 
 def _start(state: dict[str, Any], run: str, now_ms: int, found: list[str]) -> None:
@@ -165,6 +171,7 @@ def told(state: dict[str, Any], message: object, now_ms: int) -> str | None:
         except UsageError as error:
             return f"not changed: {error}"
         if plan != state["plan"]:
+            state["skipped"] += len(state["queue"])
             state["plan"], state["after"], state["anchor"], state["queue"] = plan, now_ms, now_ms, []
     elif do in ("pause", "unpause"):
         if state["paused"] and do == "unpause":

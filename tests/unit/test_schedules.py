@@ -142,6 +142,14 @@ def test_a_time_that_comes_while_a_run_is_on_is_skipped_queued_or_allowed(overla
     assert all(output.topic != "workflow-error" for output in w.outputs)
 
 
+@pytest.mark.parametrize(("name", "most"), [("n" * 80, 1000), ("n" * 200, 660), ("毎" * 133, 422)])
+def test_a_schedule_with_a_long_name_skips_runs_before_the_active_ones_are_too_large_for_its_snapshot(name: str, most: int) -> None:
+    w = schedule(name=name, every_ms=1000, overlap="allow", catch_up_ms=10_000_000, input=1_000_000)
+    late(w, 700)
+    late(w, 700)
+    assert (w.header("schedule:job")["status"], status(w)["active"], status(w)["skipped"]) == ("waiting", most, 1400 - most)
+
+
 def test_queued_runs_are_made_one_after_the_other_in_order() -> None:
     w = schedule(input=90, overlap="queue")
     w.advance(60 * 6)
@@ -239,6 +247,14 @@ def test_set_changes_the_plan_of_a_running_schedule_and_a_wrong_one_changes_noth
     assert status(w)["next"] == "2023-11-14T23:13:20Z"
     assert any("either a cron" in line for line in w.logs)
     assert any("does not know" in line for line in w.logs)
+
+
+def test_a_change_of_a_schedule_skips_the_runs_that_are_queued_and_counts_them() -> None:
+    w = schedule(input=1000, overlap="queue")
+    w.advance(300)
+    assert (status(w)["queued"], status(w)["skipped"], status(w)["active"]) == (4, 0, 1)
+    tell(w, do="set", plan={"name": "job", "workflow": "main", "every_ms": 3_600_000})
+    assert (status(w)["queued"], status(w)["skipped"], status(w)["active"]) == (0, 4, 1)
 
 
 def test_it_lives_for_years_without_growing() -> None:
