@@ -6,6 +6,7 @@ A command is for the run that the page showed (its start id): if another run has
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import parse_qsl, quote
@@ -21,7 +22,7 @@ from kwflow.console.reading import checkpoint_number
 from kwflow.console.site import Site, site_of
 from kwflow.errors import UsageError
 from kwflow.gateway.requests import segment
-from kwflow.runners import letters
+from kwflow.runners import letters, parked
 
 __all__ = ["ROUTES"]
 
@@ -29,6 +30,7 @@ _READ_S = 10
 _BEYOND_VALUE = 10_000  # bytes of a form in addition to its value, which may be three times as long when it is encoded
 _FIELDS_MAX = 10
 Form = dict[str, str]
+_WAITS_BEHIND = ("cancel", "signal")  # a pause, as their replies do
 _ASKS = {"terminate": "It ends without running its code; its timers, activities and children are cancelled.", "discard": "The record at fault is dropped for good, and the rest is applied."}
 
 
@@ -73,11 +75,20 @@ async def _form(request: Request) -> Form:
     return {name: value for name, value in pairs if value}
 
 
-def _commanded(site: Site, op: str, id: str, form: Form) -> str:
-    """Send a command, wait for its reply, and return the id to show then.  Raises what the client raises, such as CommandError if the engine refuses it."""
+def _commanded(site: Site, op: str, id: str, form: Form) -> tuple[str, str]:
+    """Send a command, wait for its reply, and return the id to show then, and what was done.  Raises what the client raises, such as CommandError if the engine refuses it."""
     with site.connect() as client:
-        made = _COMMANDS[op](client, id, form).result()
-    return made.id if isinstance(made, Run) else id
+        sent = _COMMANDS[op](client, id, form)
+        if op in _WAITS_BEHIND and _kept(sent, client.query(id, start_id=form.get("start_id"))):
+            return id, "kept"
+        made = sent.result()
+    return made.id if isinstance(made, Run) else id, op
+
+
+def _kept(sent: Future[Any], behind: Future[dict[str, Any]]) -> bool:
+    """Whether a paused instance keeps what was sent, and replies when it is unpaused: a query that was sent behind it is answered before it."""
+    concurrent.futures.wait((sent, behind), return_when=concurrent.futures.FIRST_COMPLETED)
+    return not sent.done() and behind.exception() is None and parked.is_paused(behind.result())
 
 
 def _settled(site: Site, op: str, what: str) -> None:
@@ -91,7 +102,7 @@ async def _act(request: Request) -> Response:
     site, id, op = site_of(request), segment(request, "id"), request.path_params["op"]
     form = await _form(request)
     if op in _COMMANDS:
-        id = await site.act(_commanded, site, op, id, form)
+        id, op = await site.act(_commanded, site, op, id, form)
     elif op in ("retry", "discard"):
         await site.act(_settled, site, op, id)
     else:

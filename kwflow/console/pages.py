@@ -29,6 +29,7 @@ _SAID = {
     "terminate": "It was ended without running its code.", "signal": "The signal is in its mailbox.", "retry": "Retry requested; the engine does it.",
     "discard": "Discard requested; the engine does it.", "migrate": "It continues in the code that the engine has now.",
     "rewind": "It was put back to the checkpoint, and continues from there.", "fork": "This is the second instance, which continues from the checkpoint.",
+    "kept": "It is paused, and keeps this until it is unpaused.",
     "letter-retry": "The letter was sent again.", "letter-discard": "The letter was closed.",
 }  # fmt: skip
 _FIELDS = ("status", "workflow", "id", "since", "where", "page")

@@ -255,6 +255,18 @@ def test_forms_do_what_commands_do_and_lead_back_to_the_instance(shop: Shop, htt
     assert shop.client.query("act").result(20)["outcome"]["kind"] == "cancelled"
 
 
+def test_what_a_paused_instance_keeps_is_told_at_once_and_done_when_it_is_unpaused(shop: Shop, http: httpx.Client) -> None:
+    """Its reply comes only then: the page waited 20 s for it, and told that no engine has replied."""
+    shop.start("kept", 1)
+    http.post(f"{at('kept')}/pause")
+    for op, fields in (("signal", {"name": "note", "value": "1"}), ("cancel", {"reason": "enough"})):
+        answer = http.post(f"{at('kept')}/{op}", data=fields)
+        assert (answer.status_code, answer.headers.get("location")) == (303, f"{at('kept')}?done=kept"), text_of(answer.text)
+    assert "It is paused, and keeps this until it is unpaused. Paused. No reason was given. 2 records wait until it goes on." in text_of(http.get(answer.headers["location"]).text)
+    assert http.post(f"{at('kept')}/unpause").headers["location"] == f"{at('kept')}?done=unpause"
+    assert shop.client.query("kept").result(20)["outcome"]["kind"] == "cancelled"
+
+
 def test_a_form_is_for_the_run_that_its_page_showed(shop: Shop, http: httpx.Client) -> None:
     run = shop.start("runs", 1)
     assert f'value="{run}"' in http.get(at("runs")).text
