@@ -124,13 +124,13 @@ def test_nothing_is_kept_of_a_command_that_nobody_answers(site: Site) -> None:
     client = site.client
     futures: list[Future[Any]] = [client.signal("w", "s"), client.start_and_wait("w"), client.query("w"), client.query("w"), client.resume("w", "0:1")]
     futures[2].cancel()
-    for future in futures[:2]:
+    for future, also in zip(futures[:2], (", or w is paused and keeps it until it is unpaused", ""), strict=True):
         with pytest.raises(OutcomeUnknown) as unknown:
             future.result(20)
-        assert unknown.match(f"no reply within .* s; perhaps no engine is running; it may or may not have been done: repeat it under the same id, {unknown.value.command_id}$")
+        assert unknown.match(f"no reply within .* s; perhaps no engine is running{also}; it may or may not have been done: repeat it under the same id, {unknown.value.command_id}$")
     with pytest.raises(OutcomeUnknown, match="no engine is running; ask again$"):
         futures[3].result(20)
-    with pytest.raises(OutcomeUnknown, match="it may or may not have been done: repeat it; a second answer is ignored$"):
+    with pytest.raises(OutcomeUnknown, match="until it is unpaused; it may or may not have been done: repeat it; a second answer is ignored$"):
         futures[4].result(20)
     deadline = time.monotonic() + 20
     while client._futures._deadlines:
