@@ -38,7 +38,6 @@ __all__ = ["Client", "Future", "Given", "Outcome", "Run"]
 Given: TypeAlias = Mapping[str, str | bytes | None] | Iterable[tuple[str, str | bytes | None]]
 """Headers as a caller gives them; a kwflow-* header is a UsageError."""
 
-_WAIT_BEHIND = ("cancel", "resume", "signal", "update")  # a pause: the engine replies when the workflow is unpaused
 _DONE = ("ok", "delivered", "started", "duplicate")
 
 
@@ -330,7 +329,7 @@ class Client:
         def unsent(error: Exception) -> None:
             fail(future, unknown(str(error)) if isinstance(error, OutcomeUnknown) else error)
 
-        paused = f", or {id} is paused and keeps it until it is unpaused" if what.partition(" ")[0] in _WAIT_BEHIND else ""
+        paused = f", or {id} is paused and keeps it until it is unpaused" if what.partition(" ")[0] in wire.KEPT_WHILE_PAUSED else ""
         silence = unknown(f"no reply within {self.config.command_timeout_s:g} s; perhaps no engine is running{paused}")
         request = self._futures.expect(future, replied, self.config.command_timeout_s, silence)
         asked = (("kwflow-request", request.encode()), ("kwflow-reply-to", self._link.address.encode()))

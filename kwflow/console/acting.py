@@ -20,6 +20,7 @@ from kwflow.client import Client, Future, Run
 from kwflow.console.problems import Problem
 from kwflow.console.reading import checkpoint_number
 from kwflow.console.site import Site, site_of
+from kwflow.core import wire
 from kwflow.errors import UsageError
 from kwflow.gateway.requests import segment
 from kwflow.runners import letters, parked
@@ -30,7 +31,6 @@ _READ_S = 10
 _BEYOND_VALUE = 10_000  # bytes of a form in addition to its value, which may be three times as long when it is encoded
 _FIELDS_MAX = 10
 Form = dict[str, str]
-_WAITS_BEHIND = ("cancel", "signal")  # a pause, as their replies do
 _ASKS = {"terminate": "It ends without running its code; its timers, activities and children are cancelled.", "discard": "The record at fault is dropped for good, and the rest is applied."}
 
 
@@ -79,7 +79,7 @@ def _commanded(site: Site, op: str, id: str, form: Form) -> tuple[str, str]:
     """Send a command, wait for its reply, and return the id to show then, and what was done.  Raises what the client raises, such as CommandError if the engine refuses it."""
     with site.connect() as client:
         sent = _COMMANDS[op](client, id, form)
-        if op in _WAITS_BEHIND and _kept(sent, client.query(id, start_id=form.get("start_id"))):
+        if op in wire.KEPT_WHILE_PAUSED and _kept(sent, client.query(id, start_id=form.get("start_id"))):
             return id, "kept"
         made = sent.result()
     return made.id if isinstance(made, Run) else id, op

@@ -324,6 +324,7 @@ class Calls:
     def now(self) -> datetime:
         return datetime.fromtimestamp(self.instance.now_ms / 1000, UTC)
 
+
 def is_plain(value: object) -> TypeGuard[Callable[..., Any]]:
     """Whether this is a function that cannot wait, by what can be seen before it is called."""
     return callable(value) and not inspect.isgeneratorfunction(value) and not inspect.iscoroutinefunction(value)

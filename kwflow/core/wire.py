@@ -20,6 +20,7 @@ from kwflow.errors import ProtocolError, UsageError
 __all__ = [
     "DELAY_MS_MAX",
     "ID_CHARACTERS_MAX",
+    "KEPT_WHILE_PAUSED",
     "OPS",
     "REASON_CHARACTERS_MAX",
     "UNREADABLE",
@@ -173,6 +174,7 @@ OPS: dict[str, type[msgspec.Struct]] = {
     "cancel": Reason, "discard": Nothing, "fork": Fork, "heartbeat": Heartbeat, "migrate": Migrate, "pause": Reason, "query": Query, "retry": Nothing, "rewind": Rewind, "signal": Signal,
     "terminate": Reason, "unpause": Reason, "update": Update,
 }  # fmt: skip
+KEPT_WHILE_PAUSED = frozenset({"cancel", "resume", "signal", "update"})  # what a paused instance keeps, and replies to when it is unpaused; `resume` is the answer of a wait
 
 
 class Command(msgspec.Struct, frozen=True):

@@ -177,7 +177,7 @@ def _durations(name: str, text: str, labels: Sequence[str], parts: Sequence[Dura
 
 
 def metrics_registry(runners: Sequence[Watched], config: Config) -> CollectorRegistry:
-    """Return a registry of its own, so that two engines in one process do not collide; with what is kept in everybody's: by the process itself, and by activities."""
+    """Return a registry for these runners alone, so that two engines in one process do not collide, with what is in everybody's: numbers of the process, and those that activities keep."""
     registry = CollectorRegistry()
     registry.register(_Metrics(runners, config))
     registry.register(REGISTRY)

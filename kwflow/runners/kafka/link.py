@@ -15,7 +15,7 @@ import time
 import uuid
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
@@ -27,13 +27,13 @@ from kwflow.errors import CommandError, OutcomeUnknown, TransportError
 from kwflow.ports import Listener
 from kwflow.runners.kafka import topics
 from kwflow.runners.kafka.broker_errors import BrokerErrors, explained
-from kwflow.runners.kafka.encryption import Encryption, Unread
+from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.environment import LIVE, made
 from kwflow.runners.kafka.member import LATEST, offsets
-from kwflow.runners.kafka.reading import gather, read_to
+from kwflow.runners.kafka.reading import Kept, gather, latest_of, read_to, unchanged
 from kwflow.runners.kafka.topics import TOPIC_MS, client_config, record_of, transient
 
-__all__ = ["KafkaLink", "each_latest", "ends_in_a_transaction", "latest", "latest_of", "partition_for", "read", "send", "unchanged"]
+__all__ = ["KafkaLink", "each_latest", "ends_in_a_transaction", "latest", "partition_for", "read", "send"]
 
 _Places = tuple[tuple[str, int], ...]  # (topic, partition) of an id's outcome, in the result and in the error topic
 _TIMEOUT_S = 20
@@ -295,35 +295,12 @@ def ends_in_a_transaction(config: Config, topic: str) -> bool:
     return before.keys() != {record.partition for record in read_to(LIVE, config, topic, ends, before)}
 
 
-def unchanged(key: bytes, value: bytes) -> bytes:
-    return value
-
-
-def latest(config: Config, topic: str, partition: int | None = None, kept: Callable[[bytes, bytes], bytes | None] = unchanged) -> dict[bytes, bytes]:
+def latest(config: Config, topic: str, partition: int | None = None, kept: Kept = unchanged) -> dict[bytes, bytes]:
     """`latest_of` the records of one partition, or of all.  Raises TransportError."""
     return latest_of(config, topic, read(config, topic, partition), kept)
 
 
-def latest_of(config: Config, topic: str, records: Iterable[Record], kept: Callable[[bytes, bytes], bytes | None] = unchanged) -> dict[bytes, bytes]:
-    """Key -> what `kept` returns for the last value of each key among these records of a compacted topic.
-
-    Deleted keys, and keys for which `kept` returns None, are left out.  Raises TransportError if one that is left is encrypted with another key.
-    """
-    found: dict[tuple[int, bytes], bytes] = {}  # by partition too, as a migration leaves a tombstone in the partition where an entry was
-    unread = Unread(Encryption(config))
-    for record in records:
-        if record.key is None or unread.passes((record.partition, record.key), record.value):
-            continue
-        value = kept(record.key, record.value) if record.value is not None else None
-        if value is not None:
-            found[record.partition, record.key] = value
-        else:
-            found.pop((record.partition, record.key), None)
-    unread.check(topic)
-    return {key: value for (_, key), value in found.items()}
-
-
-def each_latest(config: Config, topic: str, kept: Callable[[bytes, bytes], bytes | None]) -> Iterator[bytes]:
+def each_latest(config: Config, topic: str, kept: Kept) -> Iterator[bytes]:
     """Yield the values of `latest` partition by partition, with only one partition in memory.  Raises TransportError."""
     for number in range(topics.partitions_of(topics.admin(config), config).get(topic, 1)):
         yield from latest(config, topic, number, kept).values()

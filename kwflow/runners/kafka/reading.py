@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 
@@ -10,11 +10,13 @@ from kwflow.config import Config
 from kwflow.core.wire import Record
 from kwflow.errors import TransportError
 from kwflow.runners.kafka import topics
-from kwflow.runners.kafka.encryption import Encryption
+from kwflow.runners.kafka.encryption import Encryption, Unread
 from kwflow.runners.kafka.environment import Consumer, Environment
 from kwflow.runners.kafka.member import END_WAIT_MS
 
-__all__ = ["gather", "read_to"]
+__all__ = ["Kept", "gather", "latest_of", "read_to", "unchanged"]
+
+Kept = Callable[[bytes, bytes], bytes | None]  # (key, value) -> what to keep of an entry; None leaves it out
 
 _STILL_S = 40  # without a new record: records behind an open transaction become visible when it ends, after 15 s at most if it is kwflow's (K1)
 
@@ -60,3 +62,27 @@ def read_to(environment: Environment, config: Config, topic: str, ends: Mapping[
         raise TransportError(f"topic {topic} at {config.bootstrap_servers}: {error.args[0].str()}") from None
     finally:
         consumer.close()
+
+
+def unchanged(_key: bytes, value: bytes) -> bytes:
+    """Keep the whole value."""
+    return value
+
+
+def latest_of(config: Config, topic: str, records: Iterable[Record], kept: Kept = unchanged) -> dict[bytes, bytes]:
+    """Key -> what `kept` returns for the last value of each key among these records of a compacted topic.
+
+    Deleted keys, and keys for which `kept` returns None, are left out.  Raises TransportError if one that is left is encrypted with another key.
+    """
+    found: dict[tuple[int, bytes], bytes] = {}  # by partition too, as a migration leaves a tombstone in the partition where an entry was
+    unread = Unread(Encryption(config))
+    for record in records:
+        if record.key is None or unread.passes((record.partition, record.key), record.value):
+            continue
+        value = kept(record.key, record.value) if record.value is not None else None
+        if value is not None:
+            found[record.partition, record.key] = value
+        else:
+            found.pop((record.partition, record.key), None)
+    unread.check(topic)
+    return {key: value for (_, key), value in found.items()}

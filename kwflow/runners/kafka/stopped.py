@@ -13,9 +13,8 @@ from kwflow.core.wire import Record
 from kwflow.errors import TransportError, UsageError
 from kwflow.runners.kafka import topics
 from kwflow.runners.kafka.environment import Environment, Producer
-from kwflow.runners.kafka.link import latest_of, unchanged
 from kwflow.runners.kafka.member import EARLIEST, LATEST, again, offsets
-from kwflow.runners.kafka.reading import read_to
+from kwflow.runners.kafka.reading import Kept, latest_of, read_to, unchanged
 from kwflow.runners.kafka.state import POSITION, Position, importing, position_of
 
 __all__ = ["ANSWER_S", "COMMIT_S", "Stopped", "commit", "groups_of", "marked"]
@@ -106,8 +105,8 @@ class Stopped:
         ends = self.offsets(topic, LATEST, number)
         yield from read_to(self.environment, self.config, topic, ends, dict.fromkeys(ends, start))
 
-    def latest(self, topic: str, number: int, kept: Callable[[bytes, bytes], bytes | None] = unchanged) -> dict[bytes, bytes]:
-        """link.latest_of the records of one partition."""
+    def latest(self, topic: str, number: int, kept: Kept = unchanged) -> dict[bytes, bytes]:
+        """`latest_of` the records of one partition."""
         return latest_of(self.config, topic, self.read(topic, number), kept)
 
     def offsets(self, topic: str, spec: OffsetSpec, number: int | None = None) -> dict[int, int]:

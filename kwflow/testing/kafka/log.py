@@ -139,11 +139,11 @@ class Partition:
 
 
 class Topic:
-    """A topic's partitions and configuration.  `id` changes when it is recreated: `number` tells it from others of its name."""
+    """A topic's partitions and configuration.  `id` changes when it is recreated: `which` tells it from others of its name."""
 
-    def __init__(self, name: str, partitions: int, config: dict[str, str] | None = None, number: str = "") -> None:
+    def __init__(self, name: str, partitions: int, config: dict[str, str] | None = None, which: str = "") -> None:
         self.name = name
-        self.id = uuid.uuid5(uuid.NAMESPACE_OID, f"{name} {number}").hex
+        self.id = uuid.uuid5(uuid.NAMESPACE_OID, f"{name} {which}").hex
         self.overridden = frozenset(config or {})
         self.config = {**_DEFAULTS, **(config or {})}
         self.partitions = [Partition(name, number) for number in range(partitions)]
