@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import random
 import subprocess
 import sys
 import time
@@ -20,7 +19,9 @@ from kwflow.core import snapshot
 from kwflow.errors import UsageError
 from kwflow.runners import archive
 from kwflow.runners.embedded.state import EmbeddedStore
-from kwflow.runners.kafka import moving
+from kwflow.runners.kafka import moving, topics
+from kwflow.runners.kafka.environment import LIVE
+from kwflow.runners.kafka.member import LATEST, offsets
 from kwflow.runners.kafka.stopped import Stopped
 from tests import commands
 from tests.embedded.test_archive import Clock
@@ -207,24 +208,26 @@ def test_what_is_exported_again_is_what_was_imported_however_often_the_import_wa
         full.say("late", str(number), work=False)
     store, batch = EmbeddedStore(full.engine.db, full.config.changelog_topic), WriteBatch(raw_mode=True)
     waits = store.get(b"waits") or b""
-    for number in range(5000):
+    for number in range(20_000):
         batch.put(store.prefix + b"copy%d" % number, snapshot.amend(waits, (), id=f"copy{number}"))
     full.engine.db.write(batch)
     full.close()
     first, second = moves.directory / "one.kwflow", moves.directory / "two.kwflow"
     moves.embedded("export", str(first))
-    site, chance, killed = moves.site("first", 3), random.Random(1), 0
-    while True:
-        importing = subprocess.Popen([sys.executable, "-m", "kwflow", "import", str(first)], env=site.environment, stderr=subprocess.PIPE)
-        try:
-            said = importing.communicate(timeout=chance.uniform(0.8, 3.0) if killed < KILLS else 60)[1]
-            break
-        except subprocess.TimeoutExpired:
-            importing.kill()
-            importing.communicate()
-            killed += 1
-    assert importing.returncode == 0 or b"it has state in" in said, said  # it had ended when it was killed
-    assert killed > 0
+    site = moves.site("first", 3)
+    config = Config(bootstrap_servers=site.broker)
+    admin, changelog = topics.admin(config), f"{site.application}-state-changelog"
+
+    def written() -> int:
+        return sum(offsets(LIVE, config, admin, changelog, range(3), LATEST).values())
+
+    for _ in range(KILLS):
+        before = written()
+        importing = subprocess.Popen([sys.executable, "-m", "kwflow", "import", str(first)], env=site.environment, stderr=subprocess.DEVNULL)
+        until(lambda before=before: written() > before, 60)  # type: ignore[misc]
+        importing.kill()
+        assert importing.wait(30) == -9, "it was in the middle of it"
+    site.run("import", str(first))
     site.run("export", str(second))
     assert contents(second) == contents(first)
     oldest_ms = min(part.timestamp_ms for part in archive.parts(second, Config()) if isinstance(part, archive.Sent))
