@@ -85,7 +85,7 @@ class Config(BaseSettings):
     activity_bytes_max: int = Field(default=256_000, gt=0, description="bytes of an activity's arguments or result; more is a UsageError in the workflow, or an ActivityError for a result")
     activity_limit_s: float = Field(default=600, ge=0, description="how long an activity without a timeout of its own may run; 0 for no limit")
     activity_grace_s: float = Field(default=10, ge=0, description="how long running activities may still take when the engine stops or gives a partition away")
-    hold_max: int = Field(default=10_000, gt=0, description="records kept for one parked or paused instance, the one at fault included; more are dead-lettered")
+    hold_max: int = Field(default=10_000, gt=0, description="records kept for a parked or paused instance, the one at fault included (a tenth for unexpected callbacks); more are dead-lettered")
     step_timeout_ms: int = Field(default=10_000, gt=0, description="a step that runs longer is logged with its line")
     step_abort_ms: int = Field(default=150_000, gt=0, description="a step that runs longer is aborted and its instance parked; half of Kafka's max.poll.interval.ms")
     batch_records_max: int = Field(default=4000, gt=0, description="records in one transaction")

@@ -18,6 +18,7 @@ from kwflow.core.values import MESSAGE_LEVELS, check_levels
 from kwflow.errors import ProtocolError, UsageError
 
 __all__ = [
+    "CALLBACK",
     "DELAY_MS_MAX",
     "ID_CHARACTERS_MAX",
     "KEPT_WHILE_PAUSED",
@@ -36,6 +37,7 @@ __all__ = [
     "SignalStart",
     "Start",
     "Update",
+    "callback_of",
     "check_size",
     "given_headers",
     "header",
@@ -54,6 +56,7 @@ __all__ = [
 ]
 
 Headers = tuple[tuple[str, bytes | None], ...]
+CALLBACK = "callback-"  # refs that begin with it may be answered by anybody who knows them: `POST /callbacks/ID/REF` of a gateway asks for no token
 DELAY_MS_MAX = 10 * 366 * 24 * 3600 * 1000  # ten years: a longer delay is a mistake in units
 UNREADABLE = ("kwflow-unreadable", b"")  # in place of headers whose names are not UTF-8
 REASON_CHARACTERS_MAX = 1000
@@ -174,7 +177,7 @@ OPS: dict[str, type[msgspec.Struct]] = {
     "cancel": Reason, "discard": Nothing, "fork": Fork, "heartbeat": Heartbeat, "migrate": Migrate, "pause": Reason, "query": Query, "retry": Nothing, "rewind": Rewind, "signal": Signal,
     "terminate": Reason, "unpause": Reason, "update": Update,
 }  # fmt: skip
-KEPT_WHILE_PAUSED = frozenset({"cancel", "resume", "signal", "update"})  # what a paused instance keeps, and replies to when it is unpaused; `resume` is the answer of a wait
+KEPT_WHILE_PAUSED = frozenset({"cancel", "resume", "signal", "update"})  # what a paused instance keeps, and replies to when it is unpaused; `resume` is the answer of a wait, a callback's excepted
 
 
 class Command(msgspec.Struct, frozen=True):
@@ -258,6 +261,14 @@ def parse(record: Record) -> Start | Resume | Command:
     ref = message.get("ref")
     failed = "error" in message
     return Resume(ref if isinstance(ref, str) else None, message["error"] if failed else message.get("value"), failed)
+
+
+def callback_of(record: Record) -> str | None:
+    """The ref that the record answers, if anybody may answer it.  Raises ProtocolError."""
+    if CALLBACK.encode() not in (record.value or b""):
+        return None
+    message = parse(record)
+    return message.ref if isinstance(message, Resume) and message.ref is not None and message.ref.startswith(CALLBACK) else None
 
 
 def header_bytes(headers: Headers) -> int:

@@ -10,15 +10,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from kwflow.core.wire import CALLBACK
 from kwflow.errors import CommandError
 from kwflow.gateway.answers import Held
 from kwflow.gateway.operations import ANY, ENGINE, Operation
 from kwflow.gateway.problems import RequestError
 from kwflow.gateway.requests import Options, answer, any_body, options, segment, service_of, trace_of
 
-__all__ = ["PREFIX", "ROUTES"]
+__all__ = ["ROUTES"]
 
-PREFIX = "callback-"
 _OVER = ("not_found", "unknown_ref")
 
 
@@ -30,8 +30,8 @@ async def _callback(request: Request) -> Response:
     """
     id, ref = segment(request, "id"), segment(request, "ref")
     options(request, Options)
-    if not ref.startswith(PREFIX):
-        raise RequestError("no_path", f"only refs that begin with {PREFIX} are answered here; others under /workflows")
+    if not ref.startswith(CALLBACK):
+        raise RequestError("no_path", f"only refs that begin with {CALLBACK} are answered here; others under /workflows")
     value, client = await any_body(request), await service_of(request).client()
     try:
         await service_of(request).reply(request, client.resume(id, ref, value, headers=trace_of(request)))

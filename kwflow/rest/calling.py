@@ -16,7 +16,7 @@ from urllib.parse import quote
 import msgspec
 
 from kwflow.activities import Retry, failure_of
-from kwflow.core import typed
+from kwflow.core import typed, wire
 from kwflow.core.current import current
 from kwflow.core.tasks import FAILED, ActivityWait, Awaitable, Suspension, Timer
 from kwflow.core.values import json_dumps
@@ -239,7 +239,7 @@ class Calling:
     # -- the callback -----------------------------------------------------------------------------------------------------
     @property
     def _ref(self) -> str:
-        return f"callback-{self.token}"
+        return f"{wire.CALLBACK}{self.token}"
 
     def _listen(self) -> None:
         """Wait on the refs of the callback, unless that is done already."""

@@ -33,6 +33,7 @@ _MESSAGE_CHARACTERS = 300
 _SAID_CHARACTERS = 10_000  # of an error message, which goes into a header of the dead letter and into that of the snapshot
 _KEY_BYTES_MAX = 10_000
 _HOLDING_MAX = 10_000
+_CALLBACKS = 10  # unexpected callbacks are held in a tenth of the hold: anybody may send them, and what others send would find no room
 _RAN_NOTHING_OLD = (CodeChangedError, CorruptSnapshotError, MigrationError)  # old code was not even loaded, or a migration was at fault
 ADDRESS = ("kwflow-request", "kwflow-reply-to")
 SAID = ("reason", "message", "topic", "partition", "offset", "timestamp", "at")  # the headers `kwflow-error-...` of a dead letter, which follow those that its record had
@@ -119,7 +120,8 @@ def _kept_and_replies(config: Config, record: Record, reason: str, message: str)
 
     The kept record has no address for replies any more: one request gets one reply.
     """
-    replies = answered(config, record, "held", f"it is parked ({reason}: {message[:_MESSAGE_CHARACTERS]}); this record is kept and applied when the instance is retried")
+    said, until = (f"paused ({message[:_MESSAGE_CHARACTERS]})", "unpaused") if reason == "paused" else (f"parked ({reason}: {message[:_MESSAGE_CHARACTERS]})", "retried")
+    replies = answered(config, record, "held", f"it is {said}; this record is kept and applied when the instance is {until}")
     if not replies:
         return record, ()
     return msgspec.structs.replace(record, headers=tuple(pair for pair in record.headers if pair[0] not in ADDRESS)), replies
@@ -154,16 +156,21 @@ def is_parked(config: Config, stored: bytes | None) -> bool:
 def hold(config: Config, state: Changes, header: dict[str, Any], record: Record, received_ms: int, known: dict[str, tuple[int, int]]) -> Decision:
     """Put the record at the end of the hold.  `known` remembers, for a batch, how many records an instance holds and the place of the last.
 
-    If the instance failed, the record's sender is told so now; if it is paused or being drained, the sender waits as the record does.
+    If the instance failed, the record's sender is told so now; if it is paused or being drained, the sender waits as the record does.  Who sends a callback
+    is told of a pause, too: nothing is left to do for that service.
     """
     name: str = header["id"]
     count, last = known.get(name) or _last(state, name)
-    if count >= config.hold_max:
+    callback = wire.callback_of(record)
+    expected = callback is None or any(wait["ref"] == callback for wait in header["waits"])
+    if count >= (config.hold_max if expected else config.hold_max // _CALLBACKS):
         again = "unpause it" if is_paused(header) else "retry or discard what it holds"
-        said = f"{name} already holds {count} records (limit hold_max); {again}, then retry this dead letter, or raise the limit"
+        limit = "hold_max" if expected else f"hold_max / {_CALLBACKS} for a callback that it does not wait for"
+        said = f"{name} already holds {count} records (limit {limit}); {again}, then retry this dead letter, or raise the limit"
         return dead(config, record, "hold-full", said, received_ms)
     mark = header["parked"]
-    kept, replies = (record, ()) if mark["reason"] in ("paused", "draining") else _kept_and_replies(config, record, mark["reason"], mark["message"])
+    silent = mark["reason"] == "draining" or (mark["reason"] == "paused" and callback is None)
+    kept, replies = (record, ()) if silent else _kept_and_replies(config, record, mark["reason"], mark["message"])
     known[name] = count + 1, max(last, _put(state, name, kept, last))
     return Decision(counts=("held",), replies=replies)
 

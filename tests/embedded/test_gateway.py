@@ -240,6 +240,16 @@ def test_what_is_sent_to_a_parked_workflow_is_kept_and_told_as_that(make: Callab
     assert (asked.status_code, asked.json()["status"]) == (202, "parked")
 
 
+def test_a_callback_of_a_paused_workflow_is_kept_and_told_as_that(http: httpx.Client) -> None:
+    """K17: whoever posts to such a URL has nothing left to do, and is not made to wait."""
+    http.post("/workflows/w", params={"workflow": "called"})
+    assert http.post("/workflows/w/pause").status_code == 204
+    held = http.post("/callbacks/w/callback-%2Fx", json=5)
+    assert (held.status_code, held.json()) == (202, {"id": "w", "status": "held"})
+    assert http.post("/workflows/w/unpause").status_code == 204
+    assert http.get("/workflows/w/outcome", params={"wait": 20}).json()["value"] == 5
+
+
 def test_an_error_may_answer_a_wait(http: httpx.Client) -> None:
     begun = http.post("/workflows/w", params={"workflow": "ask"})
     assert http.post("/workflows/w/refs/answer", params={"error": "true"}, json={"code": 7}).status_code == 204

@@ -84,6 +84,11 @@ def main(opts):
             return f"{len(calls) + 1}: {error}"
     elif kind == "reply":
         kw.reply((yield kw.on_update("u")), "x" * (n - 2))
+    elif kind == "asks":
+        answer = yield kw.race({"callback": kw.suspend("callback-known"), "more": kw.suspend("more")})
+        held = "x" * n * ("more" in answer)
+        if held:
+            yield kw.suspend()
     elif kind == "state":
         held = "x" * n
         try:
@@ -251,6 +256,20 @@ def test_the_hold_of_a_parked_instance_has_at_most_hold_max_records_the_one_at_f
     assert [key for key in engine.store.entries if key.startswith(b"\0hold\0")] == []
     engine.batch(engine.record("b", b"new:[\"state\",5000]"))
     assert reasons(engine.batch(engine.record("b", b'{"ref":"more"}'))) == ["held"]
+
+
+@pytest.mark.parametrize("op", ["pause", "new"])
+def test_unexpected_callbacks_leave_nine_tenths_of_the_hold_to_others(op: str) -> None:
+    """K17: anybody may send them who knows the id of a paused or parked instance; the one that it waits for is kept like any other record."""
+    engine = Engine(hold_max=20, snapshot_bytes_max=3000)
+    engine.start("asks", 5000)
+    engine.batch(engine.record("a", b'{"reason":""}', (("kwflow-op", b"pause"),)) if op == "pause" else engine.record("a", b'{"ref":"more"}'))
+    forged, known, signal = b'{"ref":"callback-%d"}', b'{"ref":"callback-known","value":1}', b'{"name":"s"}'
+    made = engine.batch(*(engine.record("a", forged % number) for number in range(3)), engine.record("a", known), engine.record("a", signal, (("kwflow-op", b"signal"),)))
+    room = 2 if op == "pause" else 1
+    assert reasons(made) == ["held"] * room + ["hold-full"] * (3 - room) + ["held", "held"]
+    engine.batch(engine.record("a", b"null", (("kwflow-op", b"unpause" if op == "pause" else b"discard"),)))
+    assert b"a" not in engine.store.entries, "it has ended, and left nothing"
 
 
 def test_a_hold_that_is_given_up_in_the_middle_of_a_batch_makes_room_in_the_same_batch() -> None:
