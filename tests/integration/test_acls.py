@@ -170,7 +170,7 @@ def test_engine_worker_feed_client_and_operator_need_no_more_than_is_documented_
     right = estate.settings("client")
     for settings, why in (
         ({}, "if the broker expects TLS or a user, set security.protocol in [kafka]"),
-        ({name: value for name, value in right.items() if name != "ssl.ca.location"}, "verify that ssl.ca.location is correctly configured"),
+        ({name: value for name, value in right.items() if name != "ssl.ca.location"}, "signed by a CA that [kafka] ssl.ca.location does not have"),
         (right | {"sasl.password": "hunter2"}, "Invalid username or password"),
     ):
         with pytest.raises(TransportError) as caught:

@@ -44,6 +44,14 @@ def test_the_same_reason_is_told_once_a_minute_and_another_one_at_once() -> None
     assert json.loads(as_json(told[2], 0)) == {"time": "1970-01-01T00:00:00.000+00:00", "level": "warning", "message": told[0]}
 
 
+@pytest.mark.parametrize("more", ["", ": broker certificate could not be verified, verify that ssl.ca.location is correctly configured or root CA certificates are installed"])
+def test_a_certificate_that_is_not_trusted_is_told_with_its_remedy(more: str) -> None:
+    """librdkafka leaves its remedy out if the broker's answer is there before the client looks, as on a busy machine."""
+    told: list[str] = []
+    BrokerErrors(told.append)(KafkaError(KafkaError._SSL, f"sasl_ssl://b:1: error:0A000086:SSL routines::certificate verify failed{more} (after 3ms in state CONNECT)"))
+    assert "signed by a CA that [kafka] ssl.ca.location does not have" in told[0] and "openssl s_client" in told[0]
+
+
 @pytest.mark.parametrize("code", [KafkaError._AUTHENTICATION, KafkaError._SSL])
 def test_what_runs_outlasts_a_broker_that_does_not_accept_its_credentials_for_a_while(code: int) -> None:
     """Measured before, with tokens that expired: `app-workers: FindCoordinator response error: Local: Authentication failure` ended a worker."""

@@ -26,8 +26,9 @@ _VARYING = re.compile(r"^(Group|Txn)Coordinator: |/(bootstrap|\d+)(?=:)| \(after
 _AWAY = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT, KafkaError._MSG_TIMED_OUT)
 _NO_REASON = "connections are closed or not answered without a reason: if the broker expects TLS or a user, set security.protocol in [kafka]; with OIDC, perhaps the token endpoint fails"
 _TOKEN = "OAuth callback raised exception"  # confluent-kafka's words, after the reason was reported (environment.made)
-_REMEDIES = {  # part of an OpenSSL message -> what the message leaves out
-    "certificate verify failed": "; or it has expired, or is for another host: openssl s_client -connect HOST:PORT -CAfile FILE -verify_hostname HOST shows which",
+_REMEDIES = {  # part of an OpenSSL message -> what to change; librdkafka adds a remedy of its own only if the broker takes a moment to answer
+    "certificate verify failed": "; the broker's certificate is signed by a CA that [kafka] ssl.ca.location does not have, has expired, or is for another host: "
+    "openssl s_client -connect HOST:PORT -CAfile FILE -verify_hostname HOST shows which",
     "ssl/tls alert": "; the broker rejects the certificate of this client: [kafka] ssl.certificate.location is missing, has expired, or is signed by a CA that it does not know",
 }
 _SETTINGS = {  # a setting of ours that the broker refuses -> where to change it; a restart does not help
