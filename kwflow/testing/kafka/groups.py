@@ -199,7 +199,7 @@ class Group:
     # -- offsets ---------------------------------------------------------------------------------------------------
     def add_offsets(self, transaction: Transaction, offsets: Mapping[Place, tuple[int, str]], metadata: Metadata) -> None:
         """Add offsets to an open transaction.  They are accepted from a member of this generation.  Metadata without a generation,
-        a member id and an instance id is not checked (as that of a dynamic member that was evicted)."""
+        a member id and an instance id is not checked (as that of a dynamic member that has never joined)."""
         if metadata.generation >= 0 or metadata.member or metadata.instance is not None:
             self._member(metadata.member, metadata.instance)
             if metadata.generation != self.generation:
@@ -226,7 +226,7 @@ class Group:
         They are accepted from a member of this generation, or from a non-member while there are no members.  Raises Refused if a note is too long; the
         other offsets are committed nevertheless.
         """
-        if self.members or metadata.member:
+        if self.members or metadata.generation >= 0:
             self._member(metadata.member, metadata.instance)
             if metadata.generation != self.generation:
                 raise Refused(KafkaError.ILLEGAL_GENERATION, f"generation {metadata.generation}, the group is at {self.generation}")

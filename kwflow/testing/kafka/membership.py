@@ -65,11 +65,16 @@ class Membership:
             self.held |= set(places)
         else:
             self.held -= set(places)
+            self._forget_given_up()
             self._gave_up = kind == "revoke"
         if self._gave_up and not self.events:
             self._gave_up = False
             if self._member:
                 self._join()
+
+    def _forget_given_up(self) -> None:
+        """What the application gave up while it lost its membership, it need not give up again."""
+        self.events = collections.deque((kind, left) for kind, places in self.events if (left := [place for place in places if kind == "assign" or place in self.held]) or kind == "assign")
 
     def leave(self) -> None:
         """Unsubscribe: leave the group at once, static or not."""
@@ -142,7 +147,8 @@ class Membership:
         self._lose()
 
     def _lose(self) -> None:
-        self._member, self._generation, self._joining = "", -1, False
+        """Forget the member id.  The generation stays until a new one is told, so that what is sent meanwhile is refused, also by a group without members."""
+        self._member, self._joining = "", False
         self.events.clear()
         if self.held:
             self.events.append(("lost", sorted(self.held)))

@@ -577,6 +577,19 @@ def test_positions_of_a_past_generation_are_refused(port: Port) -> None:
     assert (kept.offset, kept.metadata) == (7, "b")
 
 
+@pytest.mark.parametrize("name", ["a", None], ids=["static", "dynamic"])
+def test_positions_of_an_evicted_member_are_refused_also_by_a_group_without_members(port: Port, name: str | None) -> None:
+    """M6.6, K2: such a group takes positions of anybody else. The client forgets its member id, and keeps its generation."""
+    topic, producer = port.topic(1), port.transactional()
+    where = [TopicPartition(topic, 0, 1)]
+    zombie = owning(port, topic, group_instance_id=name, session_timeout_ms=1000, max_poll_interval_ms=1000)
+    port.environment.sleep(4)
+    assert refused(lambda: zombie.consumer.commit(offsets=where, asynchronous=False)).code() == KafkaError.UNKNOWN_MEMBER_ID
+    producer.begin_transaction()
+    assert refused(lambda: producer.send_offsets_to_transaction(where, zombie.consumer.consumer_group_metadata(), 10)).code() == KafkaError.UNKNOWN_MEMBER_ID
+    producer.abort_transaction(20)
+
+
 def test_what_becomes_of_a_commit_that_is_not_waited_for_is_told_inside_poll(port: Port) -> None:
     """M6.6."""
     topic = port.topic()
