@@ -168,10 +168,15 @@ class Lending:
                     except Exception:
                         """Not yet."""
 
-    def finish(self, id: str, ref: str) -> None:
-        """Note that this call was answered, or that nobody waits for it any more."""
-        self.lent.done(id, ref)
-        self._runner.finish(id, ref)
+    def closing(self, id: str, ref: str) -> Callable[[], None]:
+        """Return what notes that this call has ended by an answer that is sent after now, or that nobody waits for it any more."""
+        lent, runner = self.lent.closing(id, ref), self._runner.closing(id, ref)
+
+        def close() -> None:
+            lent()
+            runner()
+
+        return close
 
     def close(self) -> None:
         """Stop serving.  Locked calls may still be answered, through any gateway."""

@@ -110,13 +110,14 @@ async def _answered(request: Request, payload: Any, failed: bool) -> Response:
     id, ref = _mine(request, lending, by.worker)
     headers = travelling(lending.lent.headers(id, ref), service_of(request).config.header_bytes_max)
     client = await service_of(request).client()
+    close = lending.closing(id, ref)
     try:
         await service_of(request).reply(request, client.resume(id, ref, headers=headers, error=payload) if failed else client.resume(id, ref, payload, headers=headers))
     except CommandError as error:
         if error.status in _OVER or error.status == "held":
-            lending.finish(id, ref)
+            close()
         raise
-    lending.finish(id, ref)
+    close()
     return answer(204)
 
 

@@ -41,7 +41,7 @@ class Faults:
     compact: float = 0.0
     rebalance: float = 0.0  # of each send_offsets: a stranger joins the group while a batch is being committed
     trickle: float = 0.0  # of each read of a restore, which then takes long
-    at: str = ""  # crash and freeze happen only at this call
+    at: str = ""  # crash, stall and freeze happen only at this call
     wake: str = ""  # a zombie goes on when its heir makes this request, with which it looks where to begin
     crash_call: int = 0  # if not 0, crash at the n-th request, write or answer, and at no other
     freeze_ms: tuple[int, int] = (0, 40_000)
@@ -84,7 +84,7 @@ class Process(Host):
         if chance.random() < faults.slow:
             self.world.happened["slow"] += 1
             self._pause(self.time.now + chance.expovariate(0.02))
-        if chance.random() < faults.stall:
+        if faults.at in ("", what) and chance.random() < faults.stall:
             self.world.say(f"{self.name} stalls before {what}")
             self.world.happened["stall"] += 1
             self._pause(self.time.now + chance.choice([1_000, 8_000, 20_000]) * chance.random())

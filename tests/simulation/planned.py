@@ -13,6 +13,12 @@ class Queued(World):
     switches_max = 100_000
 
 
+class QueuedGoesBack(Queued):
+    """Workflows with calls of queues go back often."""
+
+    rewind_shares = (0.4,)
+
+
 class Handover(Queued):
     """The second of two workers with fixed names comes later than the first one, which gives it half of the queues, and is back soon if it dies of that."""
 

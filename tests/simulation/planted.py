@@ -36,7 +36,7 @@ from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.timers import TimerProcessor
 from tests.simulation.activities import MAIL, QUEUE
 from tests.simulation.faults import Faults
-from tests.simulation.planned import Handover, Queued
+from tests.simulation.planned import Handover, Queued, QueuedGoesBack
 from tests.simulation.workers import WORKERS
 from tests.simulation.world import World
 
@@ -47,6 +47,7 @@ ZOMBIES_WITH_HEIRS = Faults(freeze=0.004, at="commit", freeze_ms=(10_000, 14_000
 ZOMBIES_IN_POLLS = Faults(freeze=0.03, at="consume", freeze_ms=(7_000, 14_000))
 ABORTS = Faults(abort=0.1)
 REBALANCES = Faults(kill=0.2, stop=0.4, rebalance=0.2)
+LATE_REPORTS = Faults(stall=0.2, at="producer-poll")
 SLOW_MARKERS = Faults(stop=0.5, wipe=3.0, markers_ms=8000)
 
 
@@ -360,7 +361,7 @@ class HandsOutBeforeTheCommit(KafkaRunner):
 @contextlib.contextmanager
 def _positions_pass_open_calls() -> Iterator[None]:
     """Like a consumer that commits what it has read."""
-    with mock.patch.object(Ledger, "position", property(lambda ledger: ledger._next)), mock.patch.object(Ledger, "_still_open", lambda _: ()):
+    with mock.patch.object(Ledger, "position", property(lambda ledger: ledger.next)), mock.patch.object(Ledger, "_still_open", lambda _: ()):
         yield
 
 
@@ -389,10 +390,15 @@ def _done_before_the_answer_is_there() -> contextlib.AbstractContextManager[Any]
     deliver = QueueRunner._deliver
 
     def delivered(runner: QueueRunner, number: int, key: bytes, value: bytes, *rest: Any) -> None:
-        runner._delivered.put(lambda: runner._close(number, key.decode(), json.loads(value)["ref"]))
+        runner.closing(key.decode(), json.loads(value)["ref"], number)()
         deliver(runner, number, key, value, *rest)
 
     return mock.patch.object(QueueRunner, "_deliver", delivered)
+
+
+def _answers_close_what_came_later() -> contextlib.AbstractContextManager[Any]:
+    close = OpenCalls.close
+    return mock.patch.object(OpenCalls, "close", lambda calls, id, ref, before=None: close(calls, id, ref))
 
 
 def _notes_are_not_read() -> contextlib.AbstractContextManager[Any]:
@@ -492,7 +498,7 @@ def _goes_back_too_far() -> contextlib.AbstractContextManager[Any]:
 
 PLANTED = [
     Planted("K1", "a new identity each start, so that the dead transaction is awaited", CRASHES_BEFORE_COMMITS, NewIdentityEachStart, world=Crowd, first=4),
-    Planted("K2", "polls between the last consume and the commit, and asks who it is after that", ZOMBIES_IN_POLLS, PollsBeforeItCommits, world=Crowd),
+    Planted("K2", "polls between the last consume and the commit, and asks who it is after that", ZOMBIES_IN_POLLS, PollsBeforeItCommits, world=Crowd, first=1),
     Planted("K3", "the overlay is kept after an abort", ABORTS, KeepsTheOverlayAfterAnAbort, first=1),
     Planted("K3", "a batch that was aborted is not read again from its first record", ABORTS, SeeksBehindTheBatchAfterAnAbort),
     Planted("K4", "an unknown outcome is taken for a failure, and the producer made anew in place", Faults(lost=0.1), patch=_begun_anew_after_a_timeout, first=2),
@@ -555,6 +561,7 @@ HANDED_OUT = [
     Planted("M6.6", "a call is done before its answer is in the log", ABORTS, patch=_done_before_the_answer_is_there, world=Queued, first=1),
     Planted("M6.6", "what is done behind the position is begun again", Faults(kill=0.3), patch=_notes_are_not_read, world=Queued, first=2),
     Planted("M6.6", "calls of transactions that are aborted are begun", ABORTS, patch=_reads_what_is_undecided, world=Queued, first=2),
+    Planted("M6.6", "an answer closes the call that is made again after it", LATE_REPORTS, patch=_answers_close_what_came_later, world=QueuedGoesBack, first=33),
     Planted("K7", "queues that nobody has stay so", Faults(crash=1.0, at="revoke"), patch=_nobody_shares_orphans, world=Handover, first=1),
     Planted("0063", "a worker asks nobody where to continue", patch=_worker_asks_nobody, world=Queued, first=1),
     Planted("0063", "heartbeats do not replace those before them", patch=_first_heartbeat_counts, world=Queued, first=6),

@@ -98,3 +98,27 @@ def test_after_a_death_nothing_begins_whose_mark_the_group_did_not_take(known: N
     while lab.begun("two") != ["1:1"]:
         second.turn()
     assert len(asked) > 2 and "!" in notes[QUEUE, 0]
+
+
+def test_a_call_that_is_made_again_before_its_old_answer_is_noted_begins(known: None) -> None:
+    """M6.6: a workflow is given the answer, goes back (rewind) and makes the call again under the same ref. The worker that had noted only then that the log has the answer dropped the new call."""
+    lab = Lab(1)
+    worker, lent = lab.worker("one"), lab.lent
+    while not owned(worker):
+        worker.turn()
+    lab.call("1:1")
+    while lab.begun("one") != ["1:1"]:
+        worker.turn()
+    closes = [lent["one"].closing("w", "1:1"), worker.closing("w", "1:1")]
+    lab.call("1:1")
+    for _ in range(3):
+        worker.turn()
+    assert lab.begun("one") == [], "the answer may still come"
+    for close in closes:
+        close()
+    while lab.begun("one") != ["1:1"]:
+        worker.turn()
+    assert worker._owned[0].ledger.position == 1
+    worker.closing("w", "1:1")()
+    worker.turn()
+    assert worker._owned[0].ledger.position == 2 and lent["one"].counts() == {"free": 0, "locked": 0}, "one that was answered through another gateway is not lent any more"

@@ -468,6 +468,48 @@ def test_a_call_that_is_made_again_while_the_cancelled_one_goes_on_is_begun_and_
     engine.until(lambda: engine.dispatcher.counts() == {"running": 0, "ready": 0, "left-behind": 0})
 
 
+def test_a_call_that_is_made_again_before_the_delivery_of_its_old_answer_is_reported_is_begun_and_answered(engine: Engine) -> None:
+    """A rewind, in a worker: it has read the new call when it learns, on another thread, that the log has the old answer."""
+    reports: queue.SimpleQueue[Callable[[str | None], None]] = queue.SimpleQueue()
+    engine.dispatcher._deliver = lambda partition, key, value, headers, done: reports.put(done)
+    count = itertools.count(1)
+    activity = make(lambda: next(count))
+    call = engine.start(activity)
+    first = reports.get(timeout=20)
+    engine.withdraw(call)
+    engine.commit(call)
+    first(None)
+    reports.get(timeout=20)(None)
+    assert next(count) == 3 and engine.dispatcher.busy == 0
+
+
+def test_an_async_function_that_has_answered_early_goes_on_when_its_calls_are_no_longer_waited_for(engine: Engine) -> None:
+    """With `Call.complete`. It was cancelled if that was known before the delivery of the answer was reported."""
+    engine.dispatcher._deliver = lambda partition, key, value, headers, done: delivered.put(done)
+    delivered: queue.SimpleQueue[Callable[[str | None], None]] = queue.SimpleQueue()
+    ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+    activity, withdrawn = make(lambda: None), threading.Event()
+
+    @kw.batch_of(activity, size=1)
+    async def together(calls: list[kw.Call]) -> None:
+        calls[0].complete()
+        try:
+            while not withdrawn.is_set():
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.01)
+            ended.put(f"returned, {calls[0].info.cancelled}")
+        except asyncio.CancelledError:
+            ended.put("cancelled")
+
+    call = engine.start(activity)
+    engine.until(lambda: not delivered.empty())
+    engine.withdraw(call)
+    withdrawn.set()
+    assert ended.get(timeout=20) == "returned, False"
+    delivered.get()(None)
+    engine.until(lambda: engine.dispatcher.counts() == {"running": 0, "ready": 0, "left-behind": 0})
+
+
 def test_an_async_call_withdrawn_before_its_first_line_gives_its_slot_back(engine: Engine) -> None:
     async def never(): ...
 

@@ -50,7 +50,7 @@ def test_the_headers_of_a_call_are_known_until_it_is_done(case: Case) -> None:
     """Semantics §9.3: the answer carries them on."""
     case.lent.committed(0, [Dispatch("a", "1:1", "a", 1, "1:1", b"{}", (("tenant", b"north"),))])
     assert case.lent.headers("a", "1:1") == (("tenant", b"north"),) and case.lent.headers("b", "1:1") == ()
-    case.lent.done("a", "1:1")
+    case.lent.closing("a", "1:1")()
     assert case.lent.headers("a", "1:1") == ()
 
 
@@ -94,10 +94,21 @@ def test_what_was_answered_or_taken_back_is_gone(case: Case) -> None:
     """ET-21."""
     case.add("a", "b", "c")
     case.fetch(1)
-    case.lent.done("a", "1:1")
+    case.lent.closing("a", "1:1")()
     case.lent.committed(0, [Withdraw("b", "1:1")])
     case.pass_s(LOCK_S + 1)
     assert case.fetch() == ["c"] and case.lent.holder("a", "1:1") is None
+
+
+def test_an_answer_to_a_call_does_not_remove_the_one_that_is_made_again_meanwhile(case: Case) -> None:
+    """A rewind makes a call again under the same ref."""
+    case.add("a")
+    case.fetch()
+    closes = [case.lent.closing("a", "1:1") for _ in range(2)]
+    closes[0]()
+    case.add("a")
+    closes[1]()
+    assert case.fetch() == ["a"]
 
 
 def test_a_partition_that_leaves_takes_its_calls_along_and_what_comes_late_of_it_is_not_taken(case: Case) -> None:

@@ -116,3 +116,27 @@ def test_a_call_that_was_handed_out_twice_begins_once_and_both_records_are_done_
         assert twice.ledger.take(offset) and twice.open(call(1), offset)
     assert names(begin(twice)) == ["w1"] and twice.bytes > 0
     assert twice.close("w1", "1:1") and twice.ledger.position == 7 and twice.bytes == 0
+
+
+def test_an_answer_closes_what_was_read_before_it_and_what_is_made_again_may_begin() -> None:
+    """A rewind makes a call again, under the same ref; it may be read before the worker learns that the log has its old answer."""
+    made = calls(0, "", range(1))
+    begin(made)
+    for offset in (1, 2):
+        made.ledger.take(offset)
+        made.open(call(0), offset)
+    assert begin(made) == [] and not made.close("w0", "0:1", 0), "the first one still runs"
+    assert made.close("w0", "0:1", 1)
+    assert names(begin(made)) == ["w0"] and made.ledger.position == 1
+    assert not made.close("w0", "0:1", 1)
+    assert made.close("w0", "0:1", 3)
+    assert begin(made) == [] and made.ledger.position == 3 and not made.offsets
+
+
+def test_a_call_of_an_unknown_activity_that_is_made_again_stays_aside() -> None:
+    made = OpenCalls("q", 0, 0, "", 2)
+    for offset in (0, 1):
+        made.ledger.take(offset)
+        made.open(call(0), offset, known=False)
+    made.close("w0", "0:1", 1)
+    assert begin(made) == [] and made.aside == {("w0", "0:1")} and made.ledger.position == 1

@@ -230,6 +230,8 @@ class Dispatcher:
             return
         if job.run is None:
             self._unready(job)
+        elif job.answered and job.wanted:  # its answer is in the log, which another thread has not been told yet; the function may go on
+            self._settle(job)
         else:
             self._cancel(job)
 

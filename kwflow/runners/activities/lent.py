@@ -143,10 +143,16 @@ class Lent:
                 self._free[id, ref] = None
                 self._wake()
 
-    def done(self, id: str, ref: str) -> None:
-        """Remove a call that was answered, or that nobody waits for any more."""
-        with self._lock:
-            self._drop((id, ref))
+    def closing(self, id: str, ref: str) -> Callable[[], None]:
+        """Return what removes a call, once an answer that is sent after now has ended it; if it was made again meanwhile, the new one stays."""
+        loan = self._loans.get((id, ref))
+
+        def close() -> None:
+            with self._lock:
+                if self._loans.get((id, ref)) is loan:
+                    self._drop((id, ref))
+
+        return close
 
     def counts(self) -> dict[str, int]:
         """How many calls are free, and how many are locked."""

@@ -20,18 +20,18 @@ _HELD, _SUSPECT = "+", "!"
 class Ledger:
     """The done and open records of one partition.  Records are taken in the order of their offsets, and finished in any order.
 
-    Invariant: below `_next`, and below `_noted_end` as far as the note goes, a record that is not open is done.  `died` is true
+    Invariant: below `next`, which was not read yet, and below `_noted_end` as far as the note goes, a record that is not open is done.  `died` is true
     if the writer of the note did not give the partition back; the records that it had marked as suspects were running then.
     """
 
     def __init__(self, position: int, note: str = "") -> None:
-        self._next = position
+        self.next = position
         self._open: dict[int, bool] = {}  # offset, in order -> whether it is a suspect
         self._noted_end, self._noted, self.died = _read(position, note)
 
     def take(self, offset: int) -> bool:
         """Take the next record that was read; false if it is done already."""
-        self._next = offset + 1
+        self.next = offset + 1
         if offset < self._noted_end and offset not in self._noted:
             return False
         self._open[offset] = self.suspected(offset)  # a suspect remains one until it is done
@@ -39,11 +39,11 @@ class Ledger:
 
     def pass_marks(self, end: int) -> None:
         """Note that everything before this offset was read: the last offsets may be transaction markers, which are not records."""
-        self._next = max(self._next, end)
+        self.next = max(self.next, end)
 
     def behind(self, offset: int) -> bool:
         """Whether this record is before the read position, so that it must be from another log (the topic was created anew)."""
-        return offset < self._next
+        return offset < self.next
 
     def suspected(self, offset: int) -> bool:
         """Whether the record was running, and marked, when the writer of the note died."""
@@ -60,11 +60,11 @@ class Ledger:
     @property
     def position(self) -> int:
         """The first open offset, or else the next one."""
-        return next(iter(self._open), self._next)
+        return next(iter(self._open), self.next)
 
     def note(self, held: bool = True) -> str:
         """The note: what is done behind `position`, and whether the partition is still held.  If there is too much for a note, it covers the first part."""
-        position, end = self.position, max(self._next, self._noted_end)
+        position, end = self.position, max(self.next, self._noted_end)
         parts, length = [], 60
         for offset, suspect in self._still_open():
             step = f"{offset - position:x}{_SUSPECT if suspect and held else ''}"
@@ -77,7 +77,7 @@ class Ledger:
 
     def _still_open(self) -> Iterator[tuple[int, bool]]:
         yield from self._open.items()
-        yield from sorted((offset, suspect) for offset, suspect in self._noted.items() if offset >= self._next)
+        yield from sorted((offset, suspect) for offset, suspect in self._noted.items() if offset >= self.next)
 
 
 def _read(position: int, note: str) -> tuple[int, dict[int, bool], bool]:

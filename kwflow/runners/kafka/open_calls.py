@@ -46,9 +46,10 @@ class OpenCalls:
         self.ledger = Ledger(position, note)
         self.committed: tuple[int, str] = (position, "")
         self.begun = _Calls()
-        self.offsets: dict[tuple[str, str], list[int]] = {}  # several for a call that an at-least-once engine has handed out twice
+        self.offsets: dict[tuple[str, str], list[int]] = {}  # several for a call that an at-least-once engine has handed out twice, or that was made again by a workflow that went back
         self.aside: set[tuple[str, str]] = set()
         self._waiting: dict[tuple[str, str], Dispatch] = {}
+        self._again: dict[tuple[str, str], tuple[Dispatch, bool]] = {}  # the last of several, and whether its activity is known
         self._care = care and self.ledger.died
         self._careful_until = min(position + AHEAD_MAX, end) if self._care else 0
 
@@ -57,22 +58,37 @@ class OpenCalls:
         offsets = self.offsets.setdefault((call.workflow_id, call.ref), [])
         offsets.append(offset)
         may = not (self._care and self.ledger.suspected(offset))
-        if may and len(offsets) == 1 and known:
-            self._waiting[call.workflow_id, call.ref] = call
-        elif may and not known:
-            self.aside.add((call.workflow_id, call.ref))
+        if may and len(offsets) == 1:
+            self._add(call, known)
+        elif may:
+            self._again[call.workflow_id, call.ref] = call, known
         return may
 
-    def close(self, id: str, ref: str) -> bool:
-        """Remove a call that is answered or withdrawn.  False if it was not open."""
+    def _add(self, call: Dispatch, known: bool) -> None:
+        if known:
+            self._waiting[call.workflow_id, call.ref] = call
+        else:
+            self.aside.add((call.workflow_id, call.ref))
+
+    def close(self, id: str, ref: str, before: int | None = None) -> bool:
+        """Remove a call that is withdrawn, or was answered when the records `before` this offset had been read.  False if it was not open.
+
+        If it is made again later, by a workflow that went back, the answer is not for that one: it may begin now.
+        """
         offsets = self.offsets.pop((id, ref), [])
-        for offset in offsets:
+        closed = offsets if before is None else [offset for offset in offsets if offset < before]
+        for offset in closed:
             self.ledger.finish(offset)
-        if offsets:
+        if closed:
             self._waiting.pop((id, ref), None)
             self.aside.discard((id, ref))
             self.begun.entries.pop(state_key(id, ref), None)
-        return bool(offsets)
+            again = self._again.pop((id, ref), None)
+            if again is not None and len(closed) < len(offsets):
+                self._add(*again)
+        if len(closed) < len(offsets):
+            self.offsets[id, ref] = offsets[len(closed) :]
+        return bool(closed)
 
     @property
     def noted(self) -> bool:

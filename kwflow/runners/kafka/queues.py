@@ -20,7 +20,7 @@ from confluent_kafka import OFFSET_BEGINNING, KafkaError, KafkaException, Messag
 from kwflow.activities import find_activity
 from kwflow.config import Config
 from kwflow.core import queues
-from kwflow.core.dispatch import Dispatch
+from kwflow.core.dispatch import Dispatch, Withdraw
 from kwflow.core.wire import Headers, Record
 from kwflow.errors import ActivityError, ProtocolError, TransportError
 from kwflow.ports import Clock, Deliver, Worker
@@ -214,9 +214,8 @@ class QueueRunner:
         partition.ledger.finish(record.offset)
         if asked is None:
             self.stats.counts["of-another-application"] += 1
-        elif partition.close(asked.workflow_id, asked.ref):
-            self.stats.counts["withdrawn"] += 1
-            self.worker.committed(number, [asked])
+        else:
+            self._close(number, asked, None, "withdrawn")
 
     def _begin(self) -> None:
         """Begin the calls that were read in this turn and not withdrawn in it.
@@ -257,27 +256,34 @@ class QueueRunner:
     # -- answers -----------------------------------------------------------------------------------------------------
     def _deliver(self, number: int, key: bytes, value: bytes, headers: Headers, done: Callable[[str | None], None]) -> None:
         """Deliver a call's answer, which closes the call, or its heartbeat, which does not.  May be called from any thread."""
+        close = self.closing(key.decode(), msgspec.json.decode(value, type=_Answer).ref, number) if headers != HEADERS else None
 
         def delivered(refused: str | None) -> None:
-            if refused is None and headers != HEADERS:
-                self._delivered.put(lambda: self._close(number, key.decode(), msgspec.json.decode(value, type=_Answer).ref))
+            if refused is None and close is not None:
+                close()
             done(refused)
 
         self._results.deliver(0, key, value, headers, delivered)
 
-    def _close(self, number: int, id: str, ref: str) -> None:
-        partition = self._owned.get(number)
-        if partition is not None and partition.close(id, ref):
-            self.stats.counts["answered"] += 1
+    def closing(self, id: str, ref: str, *numbers: int) -> Callable[[], None]:
+        """Return what closes a call, once an answer that is sent after now is in the log, or nobody waits for it any more; both may be called from any thread.
 
-    def finish(self, id: str, ref: str) -> None:
-        """Close a call that somebody else has answered, or that nobody waits for any more.  May be called from any thread."""
+        1. A workflow is given the answer, goes back (rewind), and makes the same call again, under the same ref.
+        2. This worker reads the new call, and only then learns that the answer is in the log: it closes what had been read before the answer was sent.
+        """
+        before = {number: partition.ledger.next for number, partition in self._owned.copy().items() if not numbers or number in numbers}
 
         def close() -> None:
-            for number in self._owned:
-                self._close(number, id, ref)
+            for number, offset in before.items():
+                self._close(number, Withdraw(id, ref), offset, "answered")
 
-        self._delivered.put(close)
+        return lambda: self._delivered.put(close)
+
+    def _close(self, number: int, call: Withdraw, before: int | None, why: str) -> None:
+        partition = self._owned.get(number)
+        if partition is not None and partition.close(call.workflow_id, call.ref, before):
+            self.stats.counts[why] += 1
+            self.worker.committed(number, [call])
 
     def _settle(self) -> None:
         while not self._delivered.empty():
