@@ -37,7 +37,7 @@ __all__ = [
     "SignalStart",
     "Start",
     "Update",
-    "callback_of",
+    "answered_ref",
     "check_size",
     "given_headers",
     "header",
@@ -177,7 +177,7 @@ OPS: dict[str, type[msgspec.Struct]] = {
     "cancel": Reason, "discard": Nothing, "fork": Fork, "heartbeat": Heartbeat, "migrate": Migrate, "pause": Reason, "query": Query, "retry": Nothing, "rewind": Rewind, "signal": Signal,
     "terminate": Reason, "unpause": Reason, "update": Update,
 }  # fmt: skip
-KEPT_WHILE_PAUSED = frozenset({"cancel", "resume", "signal", "update"})  # what a paused instance keeps, and replies to when it is unpaused; `resume` is the answer of a wait, a callback's excepted
+KEPT_WHILE_PAUSED = frozenset({"cancel", "resume", "signal", "update"})  # what a paused instance keeps, and replies to when it is unpaused; `resume` answers a wait, but for callbacks and calls
 
 
 class Command(msgspec.Struct, frozen=True):
@@ -263,12 +263,10 @@ def parse(record: Record) -> Start | Resume | Command:
     return Resume(ref if isinstance(ref, str) else None, message["error"] if failed else message.get("value"), failed)
 
 
-def callback_of(record: Record) -> str | None:
-    """The ref that the record answers, if anybody may answer it.  Raises ProtocolError."""
-    if CALLBACK.encode() not in (record.value or b""):
-        return None
+def answered_ref(record: Record) -> str | None:
+    """The ref that the record answers; None for any other record.  Raises ProtocolError."""
     message = parse(record)
-    return message.ref if isinstance(message, Resume) and message.ref is not None and message.ref.startswith(CALLBACK) else None
+    return message.ref if isinstance(message, Resume) else None
 
 
 def header_bytes(headers: Headers) -> int:

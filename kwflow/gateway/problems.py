@@ -73,7 +73,7 @@ KINDS: dict[str, Kind] = {
     "ended": Kind(409, "the workflow has ended", "ask for its outcome"),
     "exists": Kind(409, "another run has this id", "use another id, or the start_id of that run"),
     "full": Kind(429, "its mailbox is full", "send it again once the workflow has read some"),
-    "held": Kind(423, "the workflow is parked", "do not repeat it: it is kept and applied when an operator retries (kwflow dead-letters)"),
+    "held": Kind(423, "the workflow is parked or paused", "do not repeat it: it is kept, and applied when an operator retries (kwflow dead-letters) or unpauses the workflow"),
     "hold_full": Kind(429, "the workflow is parked or paused, and cannot hold more records", "send it again once an operator has dealt with it"),
     "mailbox_full": Kind(429, "its mailbox is full", "send it again once the workflow has read some"),
     "not_found": Kind(404, "there is no such run", "check the id and the start_id; ended runs are forgotten after ended_retention_ms"),

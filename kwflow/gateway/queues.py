@@ -28,7 +28,7 @@ __all__ = ["ROUTES", "travelling"]
 
 _LOCK_S_MAX = 86_400
 _OF_A_REQUEST = 1_000  # bytes for the headers by which the client gets its reply
-_OVER = ("not_found", "unknown_ref")
+_OVER = ("discarded", "held", "hold_full", "not_found", "unknown_ref")  # what an engine says of an answer that leaves nothing to do for workers; the operator has it, perhaps as a dead letter
 _Lock = Annotated[float, msgspec.Meta(gt=0, le=_LOCK_S_MAX, description="Seconds during which nobody else gets the call.")]
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200, description="A name that the worker chooses; its locks belong to this name.")]
 _Text = Annotated[str, msgspec.Meta(max_length=2_000)]
@@ -114,7 +114,7 @@ async def _answered(request: Request, payload: Any, failed: bool) -> Response:
     try:
         await service_of(request).reply(request, client.resume(id, ref, headers=headers, error=payload) if failed else client.resume(id, ref, payload, headers=headers))
     except CommandError as error:
-        if error.status in _OVER or error.status == "held":
+        if error.status in _OVER:
             close()
         raise
     close()

@@ -156,20 +156,23 @@ def is_parked(config: Config, stored: bytes | None) -> bool:
 def hold(config: Config, state: Changes, header: dict[str, Any], record: Record, received_ms: int, known: dict[str, tuple[int, int]]) -> Decision:
     """Put the record at the end of the hold.  `known` remembers, for a batch, how many records an instance holds and the place of the last.
 
-    If the instance failed, the record's sender is told so now; if it is paused or being drained, the sender waits as the record does.  Who sends a callback
-    is told of a pause, too: nothing is left to do for that service.
+    If the instance failed, the record's sender is told so now; if it is paused or being drained, the sender waits as the record does.  Who sends a callback,
+    or answers a call of an activity, is told of a pause, too: nothing is left to do for that service, and a gateway does not lend the call again.
     """
     name: str = header["id"]
     count, last = known.get(name) or _last(state, name)
-    callback = wire.callback_of(record)
-    expected = callback is None or any(wait["ref"] == callback for wait in header["waits"])
+    ref = wire.answered_ref(record)
+    waited = next((wait["kind"] for wait in header["waits"] if wait["ref"] == ref), None) if ref is not None else None
+    is_callback = ref is not None and ref.startswith(wire.CALLBACK)
+    expected = not is_callback or waited is not None
     if count >= (config.hold_max if expected else config.hold_max // _CALLBACKS):
         again = "unpause it" if is_paused(header) else "retry or discard what it holds"
         limit = "hold_max" if expected else f"hold_max / {_CALLBACKS} for a callback that it does not wait for"
         said = f"{name} already holds {count} records (limit {limit}); {again}, then retry this dead letter, or raise the limit"
         return dead(config, record, "hold-full", said, received_ms)
     mark = header["parked"]
-    silent = mark["reason"] == "draining" or (mark["reason"] == "paused" and callback is None)
+    answers_call = waited in ("activity", "job") if waited is not None else ref is not None and wire.is_engine_id(ref)  # perhaps one that nobody waits for any more
+    silent = mark["reason"] == "draining" or (mark["reason"] == "paused" and not is_callback and not answers_call)
     kept, replies = (record, ()) if silent else _kept_and_replies(config, record, mark["reason"], mark["message"])
     known[name] = count + 1, max(last, _put(state, name, kept, last))
     return Decision(counts=("held",), replies=replies)

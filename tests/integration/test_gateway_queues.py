@@ -89,6 +89,31 @@ def test_a_worker_fetches_locks_and_completes_fails_or_rejects(site: Queues) -> 
     assert site.results(3) == {"a/1": 36, "b": ["OutOfStock", "none left"], "d": 4}
 
 
+def test_the_answer_to_a_call_of_a_paused_workflow_is_the_operators_and_the_call_is_not_lent_again(site: Queues) -> None:
+    """ET-21: the gateway waited in vain for a reply, and lent the call again when its lock was over, for as long as the workflow was paused."""
+    site.environment["KWFLOW_HOLD_MAX"] = "1"
+    site.engine("one", MODULE)
+    for id in ("kept", "full"):
+        site.start(id, "foreign", 6)
+    by = {"worker": "w"}
+    with gateway(site) as serving, Client.kafka(site.config) as client:
+        jobs: dict[str, dict[str, Any]] = {}
+        while len(jobs) < 2:
+            jobs |= {job["workflow_id"]: job for job in fetch(serving, site.elsewhere, max=10, wait=30, lock=1)}
+        for id in jobs:
+            client.pause(id, "audit").result(30)
+        client.signal("full", "s")
+        client.query("full").result(30)  # is answered after the signal was kept
+        answers = {id: serving.http.post(call(site.elsewhere, job, "complete"), params=by, json=36) for id, job in jobs.items()}
+        assert {id: (answer.status_code, answer.json()["code"]) for id, answer in answers.items()} == {"kept": (423, "held"), "full": (429, "hold_full")}
+        assert "it is paused (audit); this record is kept" in answers["kept"].json()["detail"]
+        assert fetch(serving, site.elsewhere, wait=1.5) == []
+        for id in jobs:
+            client.unpause(id).result(30)
+        assert serving.http.post(call(site.elsewhere, jobs["full"], "complete"), params=by, json=37).status_code == 204
+    assert site.results(2) == {"kept": 36, "full": 37}
+
+
 def test_headers_of_a_call_are_lent_and_travel_on_with_its_answer(site: Queues) -> None:
     """Semantics §9.3: traces and tenants continue in workers that speak HTTP, and behind them. kwflow's own headers are not passed on."""
     site.engine("one", MODULE)

@@ -343,7 +343,7 @@ class Instance:
         elif op in ("query", "terminate", "pause", "unpause", "retry", "discard", "fork", "rewind"):
             self._command(record)
         elif self.paused:
-            self.hold.append(record)
+            self._keep(record)
         elif op is not None:
             self._message(record)
         elif isinstance(value, dict) and (wait := self.waits.get(value.get("ref"))) is not None and wait.kind not in ("signal", "update", "condition"):
@@ -354,6 +354,14 @@ class Instance:
             self.step(lambda: self.settle(wait, FAILED if failed else OK, made))
         else:
             self.reply(record, "unknown_ref")
+
+    def _keep(self, record: Record) -> None:
+        """Hold the record.  Who answers a call, perhaps one that nobody waits for any more, is told so, and of nothing more."""
+        ref = record["value"].get("ref") if record["op"] is None and isinstance(record["value"], dict) else None
+        if ref is not None and (self.waits[ref].kind == "job" if ref in self.waits else re.fullmatch(r"\d+:\d+", ref)):
+            self.reply(record, "held")
+            record = {**record, "request": None}
+        self.hold.append(record)
 
     def reply(self, record: Record, status: str, value: Any = None) -> None:
         if record["request"]:

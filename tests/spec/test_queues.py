@@ -63,6 +63,22 @@ def test_a_call_is_a_record_of_its_queue_and_nothing_lies_beside_the_state() -> 
     assert len(handed(tester, queue)) == 1, "who has answered need not be told"
 
 
+def test_who_answers_a_call_of_a_paused_workflow_is_told_at_once_that_the_answer_is_kept() -> None:
+    """ET-21: nothing is left to do for whoever has done the call. A gateway that waited in vain for the reply lent it again each time its lock was over, until the hold was full."""
+    tester, _ = made()
+    tester.start("w", 4)
+    ref = next(wait["ref"] for wait in tester.header("w")["waits"] if wait["kind"] == "job")
+    tester.command("w", "pause", {"reason": "audit"})
+    for number, answered in enumerate((ref, "0:9", "own")):
+        tester.send("w", json.dumps({"ref": answered, "value": 5}).encode(), {"kwflow-request": f"q{number}", "kwflow-reply-to": "0/g"})
+    for number in range(2):  # the second one answers a call that nobody waits for any more
+        kept = tester.reply(f"q{number}")
+        assert (kept["status"], kept["message"]) == ("held", "it is paused (audit); this record is kept and applied when the instance is unpaused")
+    assert tester.reply("q2") is None, "others wait as their records do"
+    tester.command("w", "unpause")
+    assert tester.result("w") == 5 and tester.reply("q2")["status"] == "not_found"
+
+
 def test_where_no_worker_can_read_a_topic_the_engine_runs_the_call() -> None:
     """In embedded engines, and in tests."""
     tester, queue = made(queues=False)
