@@ -28,11 +28,12 @@ class Lab:
         self.lent: dict[str, Lent] = {}
         self.said: list[str] = []
 
-    def worker(self, name: str) -> QueueRunner:
+    def worker(self, name: str, care: bool = True) -> QueueRunner:
+        """Without `care`, it is a gateway."""
         host = self.hosts[name] = Losing(self.broker, name)
         lent = self.lent[name] = Lent(lambda: self.broker.time.now / 1000)
         config = self.config.model_copy(update={"instance_id": name})
-        return QueueRunner(config, [QUEUE], lambda _: lent, self.said.append, SimulatedEnvironment(self.broker, host), clock=host)
+        return QueueRunner(config, [QUEUE], lambda _: lent, self.said.append, SimulatedEnvironment(self.broker, host), care, host)
 
     def call(self, ref: str) -> None:
         value = {"resume_topic": self.config.resume_topic, "workflow_id": "w", "ref": ref, "activity": "a", "attempt": 1, "idempotency_key": f"w|{ref}", "arguments": {}}
@@ -122,3 +123,22 @@ def test_a_call_that_is_made_again_before_its_old_answer_is_noted_begins(known: 
     worker.closing("w", "1:1")()
     worker.turn()
     assert worker._owned[0].ledger.position == 2 and lent["one"].counts() == {"free": 0, "locked": 0}, "one that was answered through another gateway is not lent any more"
+
+
+def test_a_gateway_that_dies_is_no_death_of_a_worker(known: None) -> None:
+    """K19: it runs nothing. A call that one worker died with after that failed with `WorkerDied`, as if it had killed two."""
+    lab = Lab(1)
+    gateway = lab.worker("gateway", care=False)
+    while not owned(gateway):
+        gateway.turn()
+    lab.call("1:1")
+    while lab.begun("gateway") != ["1:1"]:
+        gateway.turn()
+    lab.hosts["gateway"].alive = False
+    for name in ("one", "two"):
+        worker = lab.worker(name)
+        while lab.begun(name) != ["1:1"]:
+            worker.turn()
+        lab.hosts[name].alive = False
+    assert "!" in lab.broker.group("found-workers").notes[QUEUE, 0], "the second worker marks it"
+    assert lab.said == []

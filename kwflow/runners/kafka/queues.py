@@ -80,7 +80,7 @@ class QueueRunner:
         self.environment = environment
         self.clock = clock or SystemClock()
         self.names = list(names)
-        self._care = care  # true if calls run in this process, so that one of them may kill it
+        self._care = care  # true if calls run in this process, so that one of them may kill it; the death of any other tells nothing of them
         self.on_log = on_log
         self.stats = Stats()
         self._encryption = Encryption(config)
@@ -306,7 +306,7 @@ class QueueRunner:
         self._committed_s = self.environment.monotonic()
         changed = []
         for partition in partitions:
-            now = partition.ledger.position, partition.ledger.note(held)
+            now = partition.ledger.position, partition.ledger.note(held and self._care)
             if now != partition.committed:
                 partition.committed = now
                 changed.append(TopicPartition(partition.topic, partition.number, now[0], now[1]))
