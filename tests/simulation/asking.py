@@ -1,4 +1,4 @@
-"""How a simulated worker asks the engines for heartbeat details: by the product's client and what `kwflow worker` makes of it, over a link of the simulation.
+"""How a simulated process asks the engines: by the product's client, over a link of the simulation; and how a worker asks for heartbeat details by it, as `kwflow worker` does.
 
 The product's link has a thread of its own, for which its callers wait.  Here whoever asks reads the replies, as an actor must not block.
 """
@@ -22,7 +22,7 @@ from kwflow.worker import _Details
 if TYPE_CHECKING:
     from tests.simulation.faults import Process
 
-__all__ = ["Asking"]
+__all__ = ["Asking", "Link"]
 
 _LOOK_S = 0.2
 
@@ -32,13 +32,13 @@ class Asking(_Details):
 
     def __init__(self, config: Config, environment: Environment, process: "Process") -> None:
         super().__init__(config)
-        self._client = _Client(_Link(config, environment, process), config)
+        self._client = _Client(Link(config, environment, process.name), config)
 
 
 class _Client(Client):
     """A client whose `query` returns once it is answered, or will not be."""
 
-    def __init__(self, link: "_Link", config: Config) -> None:
+    def __init__(self, link: "Link", config: Config) -> None:
         super().__init__(link, config)
         self._mine = link
 
@@ -48,11 +48,11 @@ class _Client(Client):
         return future
 
 
-class _Link:
+class Link:
     """A Link (ports.py).  Its requests have numbers, so that a seed is always the same run."""
 
-    def __init__(self, config: Config, environment: Environment, process: "Process") -> None:
-        self.process = process.name
+    def __init__(self, config: Config, environment: Environment, process: str) -> None:
+        self.process = process
         self.address = f"0/{self.process}"
         self._environment = environment
         self._asked: dict[str, str] = {}  # the number of a request -> its id at the client

@@ -13,6 +13,12 @@ class Queued(World):
     switches_max = 100_000
 
 
+class Lends(Queued):
+    """Gateways in every seed."""
+
+    lend_share = 1.0
+
+
 class QueuedGoesBack(Queued):
     """Workflows with calls of queues go back often."""
 

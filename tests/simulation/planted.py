@@ -19,6 +19,7 @@ from kwflow.core.wire import Record
 from kwflow.durable import versions
 from kwflow.runners import code
 from kwflow.runners.activities.heart import Heart
+from kwflow.runners.activities.lent import Lent
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.commands import copies
 from kwflow.runners.kafka import ledger, topics
@@ -36,7 +37,7 @@ from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.timers import TimerProcessor
 from tests.simulation.activities import MAIL, QUEUE
 from tests.simulation.faults import Faults
-from tests.simulation.planned import Handover, Queued, QueuedGoesBack
+from tests.simulation.planned import Handover, Lends, Queued, QueuedGoesBack
 from tests.simulation.workers import WORKERS
 from tests.simulation.world import World
 
@@ -401,6 +402,25 @@ def _answers_close_what_came_later() -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(OpenCalls, "close", lambda calls, id, ref, before=None: close(calls, id, ref))
 
 
+def _lent_calls_stay_free() -> contextlib.AbstractContextManager[Any]:
+    fetch = Lent.fetch
+
+    def fetched(lent: Lent, *arguments: Any) -> Any:
+        found = fetch(lent, *arguments)
+        lent._free.update({(call.workflow_id, call.ref): None for call in found})
+        return found
+
+    return mock.patch.object(Lent, "fetch", fetched)
+
+
+def _locks_are_not_extended() -> contextlib.AbstractContextManager[Any]:
+    return mock.patch.object(Lent, "extend", lambda lent, id, ref, *_: (id, ref) in lent._loans)
+
+
+def _gateways_keep_what_has_left() -> contextlib.AbstractContextManager[Any]:
+    return mock.patch.object(Lent, "disown", lambda lent, partition, grace_s=None: lent._owned.discard(partition))
+
+
 def _notes_are_not_read() -> contextlib.AbstractContextManager[Any]:
     read = ledger._read
     return mock.patch.object(ledger, "_read", lambda position, note: (0, {}, read(position, note)[2]))
@@ -562,6 +582,9 @@ HANDED_OUT = [
     Planted("M6.6", "what is done behind the position is begun again", Faults(kill=0.3), patch=_notes_are_not_read, world=Queued, first=2),
     Planted("M6.6", "calls of transactions that are aborted are begun", ABORTS, patch=_reads_what_is_undecided, world=Queued, first=2),
     Planted("M6.6", "an answer closes the call that is made again after it", LATE_REPORTS, patch=_answers_close_what_came_later, world=QueuedGoesBack, first=33),
+    Planted("ET-6", "a call that is lent is lent to others", patch=_lent_calls_stay_free, world=Lends, first=3),
+    Planted("ET-18", "a lock that was extended ends as before", patch=_locks_are_not_extended, world=Lends, first=7),
+    Planted("M6.6", "a gateway lends calls of a partition that has left", Faults(stop=0.3, rebalance=0.2), patch=_gateways_keep_what_has_left, world=Lends, first=33),
     Planted("K7", "queues that nobody has stay so", Faults(crash=1.0, at="revoke"), patch=_nobody_shares_orphans, world=Handover, first=1),
     Planted("0063", "a worker asks nobody where to continue", patch=_worker_asks_nobody, world=Queued, first=1),
     Planted("0063", "heartbeats do not replace those before them", patch=_first_heartbeat_counts, world=Queued, first=6),

@@ -14,11 +14,12 @@ from tests.spec.test_memory import needs_frames_alone
 ROOT = pathlib.Path(__file__).parents[2]
 SEEDS = 200
 PLANNED = {
-    "abort", "calls begun again", "calls never begun", "calls that workers died with", "compacted", "crash after commit", "crash after commit-offsets", "crash after database-write",
+    "abort", "calls answered through another gateway", "calls begun again", "calls lent", "calls lent again", "calls never begun", "calls released",
+    "calls that workers died with", "compacted", "crash after commit", "crash after commit-offsets", "crash after database-write",
     "crash after send_offsets", "crash before commit", "crash before commit-offsets", "crash before consume", "crash before consume-assigned", "crash before database-write",
     "crash before producer-poll", "crash before send_offsets", "damage", "deleted copy", "deploy", "details of a run that died",
     "details of an attempt that failed", "details that a dead worker gave", "details that a worker was told", "events add", "events anew", "events anew in a moment", "events lost", "events shorten",
-    "freeze", "jump", "kill", "killed by a call", "lost commit", "lost commit-offsets",
+    "freeze", "jump", "kill", "killed by a call", "locks extended", "lost commit", "lost commit-offsets",
     "lost list_offsets", "lost send_offsets", "notes of what is open", "promoted", "rebalance", "rebalance of workers", "roll", "slow", "stall", "stop", "took over new helpers", "trickle",
     "went back as predicted", "went on in old code", "wipe", "woken",
 }  # fmt: skip

@@ -45,6 +45,7 @@ from tests.simulation.activities import MAIL, QUEUE
 from tests.simulation.asking import Asking
 from tests.simulation.faults import Actors, Crashed, Faults, Process
 from tests.simulation.hub import Hub
+from tests.simulation.lending import Lending
 from tests.simulation.others import EVENTS, GROUP, MovedGroup, Others
 from tests.simulation.workers import WORKERS, Begun, Book, Looked, NotedGroup, WatchedConsumer
 from tests.simulation.workload import Clients
@@ -124,13 +125,13 @@ class Machine:
     """A machine on which processes run, one after the other; its disk and clock outlive them."""
 
     name: str
-    roles: tuple[str, ...]  # engine, scheduler, feed; or worker
+    roles: tuple[str, ...]  # engine, scheduler, feed; or worker, or gateway (one for each queue)
     directory: pathlib.Path
     disk: Disk = dataclasses.field(default_factory=Disk)
     skew_ms: int = 0
     identity: int = 0
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of its engine or worker, in addition to those that all have
-    queues: list[str] = dataclasses.field(default_factory=list)  # of its worker
+    queues: list[str] = dataclasses.field(default_factory=list)  # of its worker or gateways
     release: releases.Release = releases.Release()  # of its next process
     process: Process | None = None
     open: set[pathlib.Path] = dataclasses.field(default_factory=set)  # databases, at the end of the run
@@ -168,6 +169,7 @@ class World:
 
     machines_min = 1
     queue_share = 0.2  # of the seeds
+    lend_share = 0.4  # of those with queues
     feed_share = 0.15
     clean_shares: tuple[float, ...] = (0, 0, 0, 0.4)  # of the programs: those with cleanups that wait; one of them for each seed
     slot_shares: tuple[float, ...] = (0, 0, 0, 0.4)  # the same of programs whose tasks wait for each other
@@ -231,6 +233,15 @@ class World:
             self._add_feeds()
         if self.queues:
             self.machines += [self._worker(number) for number in range(self._queueing.choice([1, 1, 2, 2, 3]))]
+        lending = random.Random(f"gateways {seed}")  # also a stream of its own
+        self.lending = Lending(self, lending) if self.queues and lending.random() < self.lend_share else None
+        if self.lending is not None:
+            self.machines += [self._gateway(number, lending) for number in range(lending.choice([1, 1, 2]))]
+
+    def _gateway(self, number: int, chance: random.Random) -> Machine:
+        """Draw a gateway that lends the calls of one queue, or of both."""
+        queues, name = chance.choice([self.queues, self.queues[:1], self.queues[1:]]), f"gateway{number}"
+        return Machine(name, tuple(f"gateway {queue}" for queue in queues), self.directory / name, queues=queues)
 
     def _add_feeds(self) -> None:
         """Add feeds, on machines of their own or beside an engine in its process."""
@@ -304,6 +315,8 @@ class World:
             self.hub.spawn("deployer", self._deploy_all)
             if self.others is not None:
                 self.hub.spawn("others", self.others.work)
+            for program in self.lending.programs if self.lending is not None else ():
+                self.hub.spawn(program, lambda program=program: self.lending.work(program))
             self._until(lambda: self.clients.finished and (self.others is None or self.others.finished), "the clients never come to an end")
             self.calm = True
             self.deploy(self.upcoming[-1] if self.upcoming else self.deployed[-1], at_once=True)
@@ -507,6 +520,8 @@ class World:
                 runner = environment.runner(self.runner, config, make, "sim", process.log, process, self.outputs)
             elif role == "worker":
                 return self._serve(machine, process, config, environment)
+            elif self.lending is not None and role.startswith("gateway"):
+                return self.lending.lend(config, role.split()[1], process, environment)
             elif role == "feed":
                 runner = environment.runner(self.runner, config, lambda _: FeedProcessor(config, registered_feeds()[EVENTS], process.log), GROUP, process.log, process, frozenset())
             else:
