@@ -26,6 +26,7 @@ class Dispatch(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `key` is the ref of its first attempt, the same for all attempts.  `headers` travel on with the answer (semantics §9.3).
     `queue`: the one whose call an engine runs that has no workers.  Where the state has moved to an engine that has them, the call is in that queue, too, and the engine leaves it alone.
+    `held`: its workflow is parked or paused and keeps an answer, so nobody need begin it.
     """
 
     workflow_id: str
@@ -37,6 +38,7 @@ class Dispatch(msgspec.Struct, frozen=True, omit_defaults=True):
     headers: Headers = ()
     called_ms: int = 0
     queue: str = ""
+    held: bool = False
 
 
 class Withdraw(msgspec.Struct, frozen=True):

@@ -209,7 +209,7 @@ def fork(
 
 def _asked_again(id: str, waits: list[dict[str, Any]], calls: Sequence[Dispatch], record: Record, context: Context) -> tuple[list[Output], list[Any], list[Dispatch]]:
     """Return what asks for the answers to these waits of an instance: records for timers (for the same time) and calls in queues, these calls as data, and other calls."""
-    known = {call.ref: msgspec.structs.replace(call, workflow_id=id, called_ms=record.timestamp_ms) for call in calls}
+    known = {call.ref: msgspec.structs.replace(call, workflow_id=id, called_ms=record.timestamp_ms, held=False) for call in calls}
     outputs, jobs, dispatch = [], [], []
     for wait in waits:
         if wait["kind"] == "timer":

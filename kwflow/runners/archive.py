@@ -295,9 +295,10 @@ def headers_of(config: Config, part: Sent) -> Headers:
 
 
 def queue_of(entry: Entry) -> str:
-    """The queue whose call this entry is; "" if it is none, or nobody can read it."""
+    """The queue whose call this entry is; "" if it is none, its answer is kept already, or nobody can read it."""
     try:
-        return dispatch.decode(entry.value).queue if entry.key.startswith(dispatch.PREFIX) else ""
+        call = dispatch.decode(entry.value) if entry.key.startswith(dispatch.PREFIX) else None
+        return call.queue if call is not None and not call.held else ""
     except (msgspec.DecodeError, RecursionError):
         return ""
 

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from kwflow.config import Config
-from kwflow.core import children, snapshot, wire
+from kwflow.core import children, dispatch, snapshot, wire
 from kwflow.core.murmur2 import partition_of
 from kwflow.core.wire import Output, Record, Reply
 from kwflow.durable import versions
@@ -302,6 +302,19 @@ def _put(state: Changes, name: str, record: Record, last: int) -> int:
 
     The offset of the last one may be larger, if the instance moved to another partition or its topic was created anew.
     """
+    _note_answer(state, name, record)
     place = record.place if isinstance(record, _Held) else max(record.offset, last + 1)
     state.put(_prefix(name) + b"%020d" % place, msgspec.msgpack.encode(Record(*msgspec.structs.astuple(record)[: len(Record.__struct_fields__)])))
     return place
+
+
+def _note_answer(state: Changes, name: str, record: Record) -> None:
+    """If the record answers a call of an activity, note that in the call's entry: otherwise each new owner of the partition would begin it again, for as long as the record is held."""
+    try:
+        ref = wire.answered_ref(record)
+        key = dispatch.state_key(name, ref) if ref is not None and wire.is_engine_id(ref) else b""
+        call = dispatch.decode(stored) if key and (stored := state.get(key)) is not None else None
+    except (ProtocolError, msgspec.DecodeError, RecursionError):  # a record that killed processes and was parked unread, or an entry that was damaged
+        return
+    if call is not None and not call.held:
+        state.put(key, dispatch.encode(msgspec.structs.replace(call, held=True)))

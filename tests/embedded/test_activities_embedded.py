@@ -31,6 +31,10 @@ def work():
 
 def main(opts):
     return (yield work())
+
+@kw.workflow(park_on_error=True)
+def fragile(opts):
+    raise ValueError((yield work()))
 """
 
 
@@ -68,6 +72,33 @@ def test_an_activity_whose_result_is_in_the_log_already_is_not_begun_again(tmp_p
         held.run([processor], lambda: held.position(config.resume_topic) == held.end(config.resume_topic), lambda _: None)
         assert [record.value for record in held.read(config.result_topic or "")] == [b'"kept"']
     assert module.RAN == []
+
+
+@pytest.mark.parametrize(("workflow", "before"), [("main", [(b'{"reason":""}', "pause")]), ("fragile", [])], ids=["paused", "parked"])
+def test_an_activity_whose_result_is_held_is_not_begun_again(tmp_path: pathlib.Path, workflow: str, before: list[tuple[bytes, str]]) -> None:
+    """M6.5: each engine that took the partition over repeated it, for as long as the workflow was paused or parked. A fork calls it for itself."""
+    module, config = durable.load_source("answered", ANSWERED, "answered.py"), Config()
+    functions = {name: getattr(module, name) for name in ("main", "fragile")}
+
+    def engine(results: int, *records: tuple[bytes, bytes, str]) -> list[bytes | None]:
+        """The results once there are so many; with none, nothing that is dispatched begins."""
+        with contextlib.closing(Embedded(tmp_path, config, sync=False)) as held:
+            processor = WorkflowProcessor(config, Workflows(functions, "main"), frozenset(), held.incarnation, lambda _: None)
+            for key, value, op in records:
+                held.append(config.resume_topic, key, value, (("kwflow-op", op.encode()),) if op else (("kwflow-workflow", (workflow if key == b"w" else "main").encode()),))
+                held.step([processor])
+            if results:
+                held.run([processor], lambda: held.end(config.result_topic or "") == results, lambda _: None)
+            return [record.value for record in held.read(config.result_topic or "")]
+
+    engine(0, (b"w", b"new:null", ""), *((b"w", *one) for one in before), (b"w", b'{"ref":"0:1","value":"kept"}', ""))
+    assert engine(1, (b"other", b"new:null", "")) == [b"null"]
+    assert module.RAN == ["again"], "for the other one"
+    if workflow == "main":
+        assert engine(2, (b"w", b'{"id":"fork"}', "fork")) == [b"null", b"null"]
+        assert module.RAN == ["again", "again"]
+        assert engine(3, (b"w", b"null", "unpause")) == [b"null", b"null", b'"kept"']
+        assert module.RAN == ["again", "again"]
 
 
 def test_activities_that_ran_when_the_engine_was_killed_run_again_with_the_same_key_and_count_once(shell: Shell) -> None:

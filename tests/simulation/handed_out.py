@@ -7,10 +7,11 @@ import collections
 import dataclasses
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from kwflow.testing.kafka.log import Entry, Place
+from kwflow.core.murmur2 import partition_of
+from kwflow.testing.kafka.log import Entry, Place, Transaction
 from tests.simulation.ledger import Ledger
 from tests.simulation.lending import Lease, Lending
 from tests.simulation.workers import Begun, Book, Noted, Taken
@@ -113,6 +114,7 @@ def _calls(world: World, ledger: Ledger) -> list[Call]:
             told = _json(entry) if entry.transaction is None and dict(entry.headers).keys().isdisjoint({"kwflow-sim-sent", "kwflow-op"}) else None
             if isinstance(told, dict) and "ref" in told:
                 answers[(entry.key or b"").decode(), told["ref"]].append(entry)
+    begins = _begins(world, ledger)
     made: dict[tuple[str, str], Call] = {}
     for place in [(queue, number) for queue in world.queues for number in range(world.partitions)]:
         last: dict[bytes | None, Call] = {}
@@ -124,13 +126,30 @@ def _calls(world: World, ledger: Ledger) -> list[Call]:
             elif isinstance(asked, dict) and asked["resume_topic"] == world.config.resume_topic:
                 id, ref, sent_ms = asked["workflow_id"], asked["ref"], _visible_ms(entry)
                 before = made.get((id, ref))
-                mine = [answer for answer in answers[id, ref] if before is None or _visible_ms(answer) >= sent_ms]
+                mine = [answer for answer in answers[id, ref] if before is None or answer.offset >= begins(entry, id)]
                 names, done_ms = (asked["idempotency_key"], asked["attempt"]), min(map(_visible_ms, mine), default=_NEVER)
                 call = last[entry.key] = made[id, ref] = Call(place, entry.offset, id, ref, *names, sent_ms, _travelling(entry), mine, done_ms=done_ms, before=before)
-                if before is not None:
-                    before.answers = [answer for answer in before.answers if answer not in mine]
+                if before is not None:  # which has some: otherwise it would not be made again
+                    before.answers = [answer for answer in before.answers if answer not in mine] or before.answers
                 found.append(call)
     return found
+
+
+def _begins(world: World, ledger: Ledger) -> Callable[[Entry, str], int]:
+    """A function that tells for a call of an engine where the input begins of the transaction that made it: what answers a call that is made again comes after that, and
+    may be in the log before the call."""
+    positions: dict[Place, int] = collections.defaultdict(int)
+    begins: dict[Transaction, dict[Place, int]] = {}
+    for transaction, _ in ledger.transactions():
+        ends = transaction.groups.get(world.config.application_id, {})
+        begins[transaction] = {place: positions[place] for place in ends}
+        positions.update(ends)
+
+    def begin(entry: Entry, id: str) -> int:
+        place = world.config.resume_topic, partition_of(id.encode(), world.partitions)
+        return begins[entry.transaction].get(place, 0) if entry.transaction is not None else 0
+
+    return begin
 
 
 def _answered(calls: list[Call], bare: Collection[tuple[str, str]]) -> None:
@@ -302,9 +321,15 @@ def _died(book: Book, call: Call) -> None:
     """K19: an attempt was failed only if two workers had the call, marked or not known to be innocent, and neither gave it back."""
     for answer in filter(_is_death, call.answers):
         mine = [one for one in book.taken if one.place == call.place and 0 <= one.fetched_ms <= answer.appended_ms]
-        before = [call.before] if call.before is not None else []  # whose answer may have come late
-        if not any(_blames(book, made, one) for made in (call, *before) for one in mine):
+        if not any(_blames(book, made, one) for made in _earlier(call) for one in mine):
             raise Failed(f"K19: {call} was answered with WorkerDied at {answer.appended_ms:.1f}, and no two workers died with it")
+
+
+def _earlier(call: Call | None) -> Iterator[Call]:
+    """The call, and the times that it was made before: an answer to one of these may have come late."""
+    while call is not None:
+        yield call
+        call = call.before
 
 
 def _blames(book: Book, call: Call, third: Taken) -> bool:

@@ -36,6 +36,8 @@ def check(world: World, ledger: Ledger) -> None:
     for id in world.clients.special.schedules:
         _schedule(log, id)
     _calls(world, log)
+    if not world.rewind_share:  # who goes back makes calls again
+        _begun_once(world, ledger, log)
     predicted.check(predicted.Log(world, log.records, log.place, log.dead))
 
 
@@ -167,6 +169,25 @@ def _calls(world: World, log: _Log) -> None:
         ran = sum(count for (key, _, _), count in world.performed.items() if key.partition("|")[0] == id)
         if sum(results.values()) > ran:
             raise Failed(f"M6: {id} got {dict(results)}, and {ran} attempts ended")
+
+
+def _begun_once(world: World, ledger: Ledger, log: _Log) -> None:
+    """M6.5: an engine that comes after an answer was applied, or kept for a workflow that is parked or paused, does not begin its call again.  A worker may, if another had no time to note it."""
+    passed: dict[Place, list[tuple[int, float]]] = collections.defaultdict(list)
+    for transaction, _ in ledger.transactions():
+        for place, end in transaction.groups.get(world.config.application_id, {}).items():
+            passed[place].append((end, transaction.decided_ms))
+    taken_ms: dict[str, float] = {}  # call -> when an engine had taken its answer
+    for id in dict.fromkeys(log.keys[world.config.resume_topic]):
+        for entry in log.inputs(id):
+            told = _json(entry) if (entry.value or b"").startswith(b"{") and "kwflow-op" not in dict(entry.headers) else {}
+            if "ref" in told:
+                taken_ms.setdefault(f"{id}|{told['ref']}", next(ms for end, ms in passed[log.place[entry]] if end > entry.offset))
+    lives = {f"{machine.name}/{number}": life.begun for machine in world.machines if "engine" in machine.roles for number, life in enumerate(machine.lives)}
+    for begun in world.broker.book.begun:
+        answered_ms = taken_ms.get(begun.idempotency_key, float("inf")) if begun.attempt == 1 else float("inf")  # later attempts have refs of their own
+        if lives.get(begun.process, 0) > answered_ms:
+            raise Failed(f"M6.5: {begun.process} began {begun.idempotency_key} again at {begun.ms:.1f}, whose answer an engine had taken at {answered_ms:.1f}")
 
 
 # -- schedules -----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from kwflow.core.instance import CLOSING, Instance
 from kwflow.core.machine import Machine
 from kwflow.core.wire import Record
 from kwflow.durable import versions
-from kwflow.runners import code
+from kwflow.runners import code, parked
 from kwflow.runners.activities.heart import Heart
 from kwflow.runners.activities.lent import Lent
 from kwflow.runners.attempts import Attempts
@@ -564,6 +564,7 @@ SHARED = [
     Planted("0067", "all conditions that are met go on before any is looked at again", world=Slots, patch=_all_that_is_met_goes_on),
     Planted("0067", "conditions are forgotten when a workflow is restored", world=Slots, patch=lambda: mock.patch.object(Instance, "set_graph", _without_conditions), first=1),
     Planted("M5", "a parent is told that its child was cancelled when it failed", patch=_failures_are_cancellations, first=4),
+    Planted("M6.5", "an answer that is held is forgotten by the next engine", Faults(kill=0.2), patch=lambda: mock.patch.object(parked, "_note_answer", lambda *_: None), first=32),
     Planted("M6", "activities are not tried again", patch=lambda: mock.patch.object(Retry, "pause_s", lambda *_: None), first=1),
     Planted("0063", "an attempt does not hand its heartbeat details on to the next", patch=lambda: mock.patch.dict(flows.attempts(True).__globals__, heartbeat_of=lambda _: None), first=1),
     Planted("0062", "what is waited for only now goes on when a workflow goes back", world=GoesBack, patch=_nothing_is_given_up, first=4),

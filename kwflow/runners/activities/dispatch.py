@@ -142,7 +142,7 @@ class Dispatcher:
         with self._changed:
             for item in items:
                 if isinstance(item, Dispatch):
-                    if self._is_ours(item) and self._backlog.offer(partition, item):
+                    if self._begins(item) and self._backlog.offer(partition, item):
                         self._enqueue(partition, item)
                 elif isinstance(item, Withdraw):
                     self._withdraw((partition, item.workflow_id, item.ref))
@@ -156,7 +156,7 @@ class Dispatcher:
             while gathered < self._gathering:  # repeat while batches take calls, as that makes room for more
                 gathered = self._gathering
                 for partition, item in self._backlog.take():
-                    if self._is_ours(item):
+                    if self._begins(item):
                         self._enqueue(partition, item)
                 self._start()
             now = self._threads.monotonic()
@@ -190,8 +190,9 @@ class Dispatcher:
         """How many calls are in each state.  May be called from any thread."""
         return {"running": self._running, "ready": self._backlog.ready + self._gathering, "left-behind": self._behind}
 
-    def _is_ours(self, item: Dispatch) -> bool:
-        return not (self._hands_out and item.queue)
+    def _begins(self, item: Dispatch) -> bool:
+        """Whether this engine is to begin the call, now or later."""
+        return not item.held and not (self._hands_out and item.queue)
 
     # -- from the backlog to a slot ----------------------------------------------------------------------------------
     def _enqueue(self, partition: int, item: Dispatch) -> None:
