@@ -367,7 +367,7 @@ def test_calls_that_a_forged_header_has_do_not_end_an_export(open_site: Callable
     left_out: list[str] = []
     found = _OpenCalls(Stopped(site.config, SimulatedEnvironment(Broker())))
     found.see({b"w": forged})
-    assert list(found.found(left_out)) == []
+    assert list(found.found([], left_out)) == []
     assert left_out == ["the call w|1:1 is no longer in q: its workflow waits for it until its timeout"]
 
 

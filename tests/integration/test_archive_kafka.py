@@ -14,9 +14,10 @@ import pytest
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType  # type: ignore[attr-defined]
 from rocksdict import WriteBatch
 
+from kwflow.client import Client
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot
-from kwflow.errors import UsageError
+from kwflow.errors import CommandError, UsageError
 from kwflow.runners import archive
 from kwflow.runners.embedded.state import EmbeddedStore
 from kwflow.runners.kafka import moving, topics
@@ -165,6 +166,35 @@ def test_workflows_move_from_a_directory_to_a_broker_and_from_there_to_fewer_par
     keys = [key for _, key in moves.ran()]
     assert len(set(keys[1:])) == len(keys) - 1 == 12, "each call has run once where it went to, and has a key of its own"
     assert waits(second, "s") == ["timer"]
+
+
+def test_calls_that_were_answered_are_not_done_again_where_their_workflows_move_to(moves: Moves) -> None:
+    """M6.6: by workers that went on when the engines had stopped, or while the workflow was paused."""
+    (moves.directory / "gate").touch()
+    first = moves.site("first", 2)
+    first.engine("one", moves.module)
+    ids = ("held", "late", "open")
+    for id in ids:
+        first.run("start", id)
+        first.run("signal", id, "said", "--value", "1")
+    first.until(lambda: all(waits(first, id) == ["job"] for id in ids))
+    refs = {row["id"]: row["waits"][0]["ref"] for row in json.loads(first.run("list", "--json"))}
+    config = Config(bootstrap_servers=moves.broker, application_id=first.application, **{f"{name}_topic": first.topic(name) for name in ("resume", "result", "error", "scheduler")})
+    with Client.kafka(config) as client:
+        client.pause("held").result(30)
+        with pytest.raises(CommandError, match="held"):
+            client.resume("held", refs["held"], 7).result(30)
+    stop(first)
+    first.send("late", json.dumps({"ref": refs["late"], "value": 8}))
+    file = str(moves.directory / "one.kwflow")
+    assert "3 instances, 1 parked or paused, 1 calls in queues, 1 records that are not applied yet" in first.run("export", file)
+    second = moves.site("second", 1)
+    second.run("import", file)
+    second.engine("two", moves.module)
+    second.started("worker.log", "worker", moves.module)
+    second.run("unpause", "held")
+    assert sorted(second.read(second.topic("result"), 3)) == [("held", "[1,7,6]"), ("late", "[1,8,6]"), ("open", "[1,5,6]")]
+    assert {key for _, key in moves.ran()}.isdisjoint({f"held|{refs['held']}", f"late|{refs['late']}"}) and len(moves.ran()) == 4
 
 
 def test_an_import_that_has_failed_lets_no_engine_start_until_it_is_repeated(moves: Moves) -> None:

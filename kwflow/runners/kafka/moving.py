@@ -17,13 +17,13 @@ import msgspec
 from confluent_kafka import KafkaError, KafkaException
 
 from kwflow.config import Config
-from kwflow.core import dispatch, queues, timers
+from kwflow.core import dispatch, queues, timers, wire
 from kwflow.core.dispatch import Dispatch
 from kwflow.core.murmur2 import partition_of
-from kwflow.core.wire import Headers
+from kwflow.core.wire import Headers, Record
 from kwflow.errors import ProtocolError, SnapshotError, TransportError, UsageError
 from kwflow.ports import Clock
-from kwflow.runners import archive
+from kwflow.runners import archive, parked
 from kwflow.runners.archive import CODE, LETTERS, RESUME, SCHEDULER, STATE, TIMERS, Call, Entry, Head, Part, Sent, Tail
 from kwflow.runners.checkpoints import calls_of
 from kwflow.runners.clock import SystemClock
@@ -70,7 +70,7 @@ def take(config: Config, path: Path, environment: Environment = LIVE, clock: Clo
         for number in range(stopped.partitions[config.timers_changelog_topic]):
             yield from archive.entries(TIMERS, stopped.latest(config.timers_changelog_topic, number).items(), _OWN, left_out)
         yield from (Entry(CODE, key, value) for key, value in stopped.latest(config.code_topic, 0).items())
-        yield from open_calls.found(left_out)
+        yield from open_calls.found(_waiting(stopped), left_out)
         yield from _waiting(stopped)
         yield from archive.letters(config, stopped.read(config.dead_letter_topic))
         try:
@@ -86,15 +86,22 @@ def _topics_of(config: Config) -> list[str]:
 
 
 class _OpenCalls:
-    """The calls in queues that instances wait for.  A queue has them, or it has deleted them; of workflows with checkpoints the header has them, too."""
+    """The calls in queues that instances wait for, unless an answer is held, or in the log already.
+
+    A queue has them, or it has deleted them; of workflows with checkpoints the header has them, too.
+    """
 
     def __init__(self, stopped: Stopped) -> None:
         self._stopped = stopped
         self._wanted = dict[str, dict[bytes, Call | None]]()
+        self._answered = set[bytes]()
 
     def see(self, state: Mapping[bytes, bytes]) -> None:
         for key, value in state.items():
-            if not key.startswith(b"\0") and b'"job"' in value:
+            if parked.of_hold(key) is not None:
+                held = parked.kept(key, value)
+                self._answer(held.key, held.value, held.headers)
+            elif not key.startswith(b"\0") and b'"job"' in value:
                 header = header_of(value)
                 try:
                     kept = calls_of(header)
@@ -105,8 +112,20 @@ class _OpenCalls:
                         own = kept.get(wait["ref"])
                         self._wanted.setdefault(wait["queue"], {})[queues.key_of(header["id"], wait["ref"])] = Call(wait["queue"], own) if own is not None else None
 
-    def found(self, left_out: list[str]) -> Iterator[Call]:
-        for queue, wanted in self._wanted.items():
+    def _answer(self, key: bytes | None, value: bytes | None, headers: Headers) -> None:
+        try:
+            ref = wire.answered_ref(Record("", 0, 0, 0, key, value, headers))
+        except ProtocolError:
+            return
+        if ref is not None and key is not None:
+            self._answered.add(key + b"|" + ref.encode())
+
+    def found(self, waiting: Iterable[Sent], left_out: list[str]) -> Iterator[Call]:
+        """Yield them; `waiting` are the records that were not applied yet."""
+        for sent in waiting if self._wanted else ():
+            self._answer(sent.key, sent.value, sent.headers)
+        for queue, every in self._wanted.items():
+            wanted = {key: call for key, call in every.items() if key not in self._answered}
             for record in self._stopped.read(queue) if queue in self._stopped.partitions else ():
                 if record.key in wanted and (call := _read(self._stopped.config, record)) is not None:
                     wanted[record.key] = Call(queue, call)
