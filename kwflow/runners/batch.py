@@ -61,6 +61,7 @@ class WorkflowBatch:
         )  # fmt: skip
         self.made: list[Decision] = []
         self.calling: dict[str, set[int]] = {}  # id -> the numbers of the decisions that make or withdraw calls of its activities
+        self.kept_calls: set[int] = set()  # the numbers of decisions whose calls are among the changes already
         self.held: dict[str, tuple[int, int]] = {}
         self.at_once: bytes | None = None  # the instance to be saved before the next record, as it was just loaded on old code or has checkpoints
         self.history = lasting.history
@@ -92,12 +93,18 @@ class WorkflowBatch:
         for key in list(self.live):
             self._save(key)
         for number, made in enumerate(self.made):  # only now, as a step that was repeated may have dispatched something else
-            if made.dispatch:
-                if told := self.withdrawn(made.dispatch):
-                    self.made[number] = msgspec.structs.replace(made, outputs=(*told, *made.outputs))
-                keep(self.state, made.dispatch)
+            self.made[number] = self._with_calls_kept(number, made)
         self._keep_code()
         return self.made
+
+    def _with_calls_kept(self, number: int, made: Decision) -> Decision:
+        """Put the calls that a decision makes and withdraws among the changes, once; return it with the records that withdraw calls from queues."""
+        if not made.dispatch or number in self.kept_calls:
+            return made
+        self.kept_calls.add(number)
+        told = self.withdrawn(made.dispatch)
+        keep(self.state, made.dispatch)
+        return msgspec.structs.replace(made, outputs=(*told, *made.outputs)) if told else made
 
     def _note_calls(self, number: int) -> None:
         """Note whose calls this decision has."""
@@ -124,7 +131,7 @@ class WorkflowBatch:
             key = name.encode()
             op = wire.header(record, "kwflow-op") if record.headers else None
             if op is not None and commands.takes(self.config, op, record, lambda: self.state.get(key) if key not in self.live else None):
-                return self._command(name, record)
+                return self._command(name, record, number)
             if op == feeds.OP:
                 return self.lasting.fed.again(registered_feeds(), record, self.context.received_ms)
             live = self.live.get(key)
@@ -342,15 +349,17 @@ class WorkflowBatch:
         self.made[last] = msgspec.structs.replace(self.made[last], logs=(*self.made[last].logs, said))
 
     # -- commands that are no step --------------------------------------------------------------------------------------
-    def _command(self, name: str, record: Record) -> Decision:
+    def _command(self, name: str, record: Record, number: int) -> Decision:
         command = wire.parse(record)
         if not isinstance(command, wire.Command):
             raise KwflowBug("a record with an op is not a command")
         self._save(name.encode())
-        keep(self.state, self._calling(name))  # an earlier state is kept with its calls, also by the batch of what it has held
+        for earlier in sorted(self.calling.get(name, ())):  # an earlier state is kept with its calls, also by the batch of what it has held
+            self.made[earlier] = self._with_calls_kept(earlier, self.made[earlier])
         self.held.pop(name, None)
         before = self.state.get(name.encode()) if self.history is not None else None
-        return self._with_event(commands.apply(self, name, record, command), name, record, before)
+        made = self._with_calls_kept(number, commands.apply(self, name, record, command))  # now, as after it a state may wait for a call that it has withdrawn
+        return self._with_event(made, name, record, before)
 
     def stored(self, key: bytes) -> bytes | None:
         """The stored bytes of this id, including everything that this batch did so far."""

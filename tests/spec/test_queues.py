@@ -236,6 +236,13 @@ def test_such_a_call_is_withdrawn_from_its_queue_when_nobody_waits_for_it_any_mo
     assert state_key("w", "2:1") not in site.store.entries
 
 
+def test_it_is_withdrawn_once_also_if_a_command_follows_in_the_same_batch() -> None:
+    """K15: the command's batch had removed what tells of the queue by then."""
+    site = moved_into_a_queue()
+    made = site.batch(site.record("signal", {"name": "enough", "value": 1}), site.record("pause", {"reason": ""}), site.record("terminate", {"reason": ""}))
+    assert [output.key for one in made for output in one.outputs if output.topic == "checkpoint-attack"] == [b"w|2:1"]
+
+
 @pytest.mark.parametrize(("op", "value"), [("fork", {"id": "w2"}), ("rewind", {"to": 1})])
 def test_a_call_of_a_queue_that_an_engine_without_workers_has_stored_is_handed_out_when_it_is_made_again(op: str, value: Any) -> None:
     """Decision 0065: from there the state has moved to Kafka, and no engine has what a worker has."""

@@ -15,9 +15,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import msgspec
+
 from kwflow.activities import Activity, find_activity
 from kwflow.batches import Batch
-from kwflow.core.dispatch import Dispatch, Withdraw, encode, state_key
+from kwflow.core.dispatch import Dispatch, Withdraw, decode, encode, state_key
 from kwflow.errors import ActivityError
 from kwflow.ports import Changes, Deliver, Store
 from kwflow.runners.activities.answers import failure_record
@@ -43,12 +45,24 @@ _UNTRACED = CallSpan()
 
 
 def keep(state: Changes, items: Iterable[object]) -> None:
-    """Put the entries of dispatched items among a batch's changes: one is added for a call, and removed when nobody waits for the call any more."""
+    """Put the entries of dispatched items among a batch's changes: one is added for a call, and removed when nobody waits for the call any more.
+
+    A batch that drains a hold does this before and after it; what was noted in the entry meanwhile stays.
+    """
     for item in items:
         if isinstance(item, Dispatch):
-            state.put(state_key(item.workflow_id, item.ref), encode(item))
+            key = state_key(item.workflow_id, item.ref)
+            if not _is_held(state.get(key)):
+                state.put(key, encode(item))
         elif isinstance(item, Withdraw):
             state.put(state_key(item.workflow_id, item.ref), None)
+
+
+def _is_held(stored: bytes | None) -> bool:
+    try:
+        return stored is not None and decode(stored).held
+    except msgspec.DecodeError:  # it was damaged
+        return False
 
 
 class Dispatcher:
