@@ -17,7 +17,7 @@ from starlette.routing import Route
 from kwflow.core import queues, wire
 from kwflow.core.dispatch import Dispatch
 from kwflow.core.wire import Headers
-from kwflow.errors import CommandError
+from kwflow.errors import CommandError, OutcomeUnknown
 from kwflow.gateway.answers import LentCall, Locked
 from kwflow.gateway.operations import ENGINE, HOLD, VALUE, Operation
 from kwflow.gateway.problems import RequestError
@@ -105,17 +105,24 @@ def _mine(request: Request, lending: Lending, worker: str) -> tuple[str, str]:
 
 
 async def _answered(request: Request, payload: Any, failed: bool) -> Response:
-    """Send an answer to a call: 204 once it is committed, 404 if nobody waits for it any more."""
+    """Send an answer to a call: 204 once it is committed, 404 if nobody waits for it any more.
+
+    Meanwhile its lock does not expire, nor as long as its worker repeats an answer that no engine has replied to.
+    """
     by, lending = options(request, _By), _lending(request)
     id, ref = _mine(request, lending, by.worker)
     headers = travelling(lending.lent.headers(id, ref), service_of(request).config.header_bytes_max)
-    client = await service_of(request).client()
+    client, timeout_s = await service_of(request).client(), service_of(request).config.command_timeout_s
     close = lending.closing(id, ref)
+    lending.lent.keep(id, ref, by.worker, timeout_s)
     try:
         await service_of(request).reply(request, client.resume(id, ref, headers=headers, error=payload) if failed else client.resume(id, ref, payload, headers=headers))
     except CommandError as error:
         if error.status in _OVER:
             close()
+        raise
+    except OutcomeUnknown:
+        lending.lent.keep(id, ref, by.worker, timeout_s)
         raise
     close()
     return answer(204)

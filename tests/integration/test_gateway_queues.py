@@ -114,6 +114,25 @@ def test_the_answer_to_a_call_of_a_paused_workflow_is_the_operators_and_the_call
     assert site.results(2) == {"kept": 36, "full": 37}
 
 
+def test_a_call_is_not_lent_again_as_long_as_its_worker_repeats_an_answer_that_no_engine_replies_to(site: Queues) -> None:
+    """ET-17: while engines were away, or restarted, others did the work again each time a short lock was over."""
+    site.config = site.config.model_copy(update={"command_timeout_s": 2.0})
+    engine = site.engine("one", MODULE)
+    site.start("a", "foreign", 6)
+    with gateway(site) as serving:
+        [job] = fetch(serving, site.elsewhere, wait=30, lock=1)  # perhaps over before the first answer: nobody has fetched it since
+        engine.kill()
+        engine.wait()
+        for _ in range(2):
+            unknown = serving.http.post(call(site.elsewhere, job, "complete"), params={"worker": "w"}, json=36)
+            assert (unknown.status_code, unknown.json()["code"]) == (504, "outcome_unknown")
+        assert fetch(serving, site.elsewhere, worker="another") == []
+        site.engine("one", MODULE)
+        assert site.results(1) == {"a": 36}
+        again = serving.http.post(call(site.elsewhere, job, "complete"), params={"worker": "w"}, json=36)
+        assert (again.status_code, again.json()["code"]) == (404, "not_found")
+
+
 def test_headers_of_a_call_are_lent_and_travel_on_with_its_answer(site: Queues) -> None:
     """Semantics §9.3: traces and tenants continue in workers that speak HTTP, and behind them. kwflow's own headers are not passed on."""
     site.engine("one", MODULE)

@@ -144,6 +144,11 @@ class Lending:
             lease.over_ms = self.world.time.now + 5_000
             self.world.happened["locks extended"] += 1
 
+    def _keep(self, desk: _Desk, lease: Lease) -> None:
+        """As a gateway does for an answer that is on its way, or that nobody has replied to."""
+        if desk.lent.keep(lease.call.workflow_id, lease.call.ref, lease.to, _REPLY_S) and desk.process.name == lease.gateway:
+            lease.over_ms = max(lease.over_ms, self.world.time.now + 1000 * _REPLY_S)
+
     def _answer(self, desk: _Desk, lease: Lease, word: str) -> bool:
         """Answer through a gateway.  False if nobody knows what became of it."""
         id, ref = lease.call.workflow_id, lease.call.ref
@@ -161,12 +166,15 @@ class Lending:
         elif word == "refuse":
             answer = {"error": {"kind": "business", "code": "refused", "message": "as planned"}}
         self.world.performed[f"{id}|{lease.call.key}", lease.call.attempt, word] += 1
+        self._keep(desk, lease)
         try:
             link, client = desk.client(lease.to)
             future = client.resume(id, ref, headers=headers, **answer)
             link.wait(future, _REPLY_S)
             future.result(0)
-        except (Crashed, OutcomeUnknown, TransportError):
+        except (Crashed, TransportError) as error:
+            if isinstance(error, OutcomeUnknown):
+                self._keep(desk, lease)
             return False
         except CommandError as error:
             if error.status not in ("discarded", "held", "hold_full", "not_found", "unknown_ref"):

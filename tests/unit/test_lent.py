@@ -81,6 +81,22 @@ def test_a_lock_is_extended_from_now_on_by_who_has_it_and_not_when_it_is_over(ca
     assert case.fetch() == ["a"]
 
 
+def test_a_lock_is_kept_for_an_answer_that_is_on_its_way_and_never_made_shorter(case: Case) -> None:
+    """ET-17."""
+    case.add("a")
+    case.fetch()
+    assert case.lent.keep("a", "1:1", "aWorkerId", 5) and case.lent.keep("a", "1:1", "aWorkerId", 15)
+    assert not case.lent.keep("a", "1:1", "another", 60) and not case.lent.keep("b", "1:1", "aWorkerId", 60)
+    case.pass_s(14.9)
+    assert case.fetch(worker="another") == []
+    case.pass_s(0.1)
+    assert case.lent.keep("a", "1:1", "aWorkerId", 5), "nobody has it yet"
+    assert case.fetch(worker="another") == []
+    case.pass_s(5)
+    assert case.fetch(worker="another") == ["a"]
+    assert not case.lent.keep("a", "1:1", "aWorkerId", 60)
+
+
 def test_what_is_released_is_free_at_once(case: Case) -> None:
     """ET-19."""
     case.add("a")

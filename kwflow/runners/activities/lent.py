@@ -134,6 +134,16 @@ class Lent:
             loan.until_s = self._now_s() + lock_s
             return True
 
+    def keep(self, id: str, ref: str, worker: str, seconds: float) -> bool:
+        """Let the lock of a call last at least so long, even if it has expired and nobody has fetched the call since; False if this worker does not have it."""
+        with self._lock:
+            loan = self._loans.get((id, ref))
+            if loan is None or loan.worker != worker:
+                return False
+            loan.until_s = max(loan.until_s, self._now_s() + seconds)
+            self._free.pop((id, ref), None)
+            return True
+
     def release(self, id: str, ref: str) -> None:
         """Unlock a call, so that somebody else may have it now."""
         with self._lock:
