@@ -265,17 +265,19 @@ class QueueRunner:
 
         self._results.deliver(0, key, value, headers, delivered)
 
-    def closing(self, id: str, ref: str, *numbers: int) -> Callable[[], None]:
-        """Return what closes a call, once an answer that is sent after now is in the log, or nobody waits for it any more; both may be called from any thread.
+    def closing(self, id: str, ref: str, number: int | None = None) -> Callable[[], None]:
+        """Return what closes a call of this assignment, or of any, once an answer that is sent after now is in the log, or nobody waits for it any more.
+
+        Both may be called from any thread.
 
         1. A workflow is given the answer, goes back (rewind), and makes the same call again, under the same ref.
         2. This worker reads the new call, and only then learns that the answer is in the log: it closes what had been read before the answer was sent.
         """
-        before = {number: partition.ledger.next for number, partition in self._owned.copy().items() if not numbers or number in numbers}
+        before = {mine: partition.ledger.next for mine, partition in self._owned.copy().items() if number in (None, mine)}
 
         def close() -> None:
-            for number, offset in before.items():
-                self._close(number, Withdraw(id, ref), offset, "answered")
+            for mine, offset in before.items():
+                self._close(mine, Withdraw(id, ref), offset, "answered")
 
         return lambda: self._delivered.put(close)
 

@@ -74,7 +74,8 @@ class Membership:
 
     def _forget_given_up(self) -> None:
         """What the application gave up while it lost its membership, it need not give up again."""
-        self.events = collections.deque((kind, left) for kind, places in self.events if (left := [place for place in places if kind == "assign" or place in self.held]) or kind == "assign")
+        left: list[Event] = [(kind, places if kind == "assign" else [place for place in places if place in self.held]) for kind, places in self.events]
+        self.events = collections.deque((kind, places) for kind, places in left if places or kind == "assign")
 
     def leave(self) -> None:
         """Unsubscribe: leave the group at once, static or not."""
