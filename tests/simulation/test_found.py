@@ -293,6 +293,29 @@ def test_a_partition_left_to_nobody_by_a_restart_in_mid_rebalance_is_found(tmp_p
     assert len(first.owned) == len(second.owned) == 2, "whoever left the group has joined it again"
 
 
+def test_a_partition_left_to_nobody_by_a_stall_in_mid_rebalance_is_found(tmp_path: pathlib.Path) -> None:
+    """K7: an engine with a fixed name that stalls for too long joins anew, and is given what the group had noted for it, as if it were restarted. Nobody looked any more."""
+    lab = Lab(tmp_path, partitions=4)
+    first, second = lab.engine("one", kafka={"heartbeat.interval.ms": 1000}), lab.engine("two")
+
+    def turn(seconds: float, *engines: KafkaRunner) -> None:
+        until_ms = lab.broker.time.now + 1000 * seconds
+        while lab.broker.time.now < until_ms:
+            for engine in engines:
+                engine.turn()
+
+    turn(30, first, second)
+    lab.hosts["two"].running = False
+    turn(20, first)
+    assert len(first.owned) == 4
+    lab.hosts["two"].running = True
+    while not first._consumer._membership._stalled:  # type: ignore[attr-defined]  # it is told to give up two partitions, but does not poll
+        second.turn()
+    assert not second.owned
+    turn(30, first, second)
+    assert len(first.owned) == len(second.owned) == 2
+
+
 def test_steps_that_are_made_again_raise_without_our_errors_as_context(tmp_path: pathlib.Path) -> None:
     """G4: they used to run inside the handler of a refusal. Its exception was saved with the author's, or could not be saved."""
     lab = Lab(tmp_path)

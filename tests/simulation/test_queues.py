@@ -74,6 +74,33 @@ def test_a_queue_left_to_nobody_by_a_restart_in_mid_rebalance_is_found() -> None
     assert any("belong to nobody; rejoining" in line for line in lab.said)
 
 
+def test_a_queue_left_to_nobody_by_a_stall_in_mid_rebalance_is_found() -> None:
+    """K7: a worker with a fixed name that stalls for too long joins anew, and is given what the group had noted for it, as if it were restarted. Nobody looked any more."""
+    lab = Lab(4)
+    lab.config = lab.config.model_copy(update={"kafka": {"heartbeat.interval.ms": 1000}})  # so that it has joined anew before its session is over
+    first, second = lab.worker("one"), lab.worker("two")
+
+    def turn(seconds: float, *workers: QueueRunner) -> None:
+        until_ms = lab.broker.time.now + 1000 * seconds
+        while lab.broker.time.now < until_ms:
+            for worker in workers:
+                worker.turn()
+
+    turn(30, first, second)
+    assert owned(first) == owned(second) == 2
+    lab.said.clear()
+    lab.hosts["two"].running = False
+    turn(20, first)
+    assert owned(first) == 4
+    lab.hosts["two"].running = True
+    while not first._consumer._membership._stalled:  # it is told to give up two partitions, but does not poll
+        second.turn()
+    assert owned(second) == 0
+    turn(30, first, second)
+    assert owned(first) == owned(second) == 2
+    assert any("belong to nobody; rejoining" in line for line in lab.said)
+
+
 def test_after_a_death_nothing_begins_whose_mark_the_group_did_not_take(known: None) -> None:
     """K19: the call that kills used to begin without a mark, and killed one worker after the other."""
     lab = Lab(1)

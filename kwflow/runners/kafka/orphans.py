@@ -1,10 +1,10 @@
-"""Partitions without an owner although the group is stable: found after a start, so that the group can be made to rebalance (K7).
+"""Partitions without an owner although the group is stable: found after a static member joins, so that the group can be made to rebalance (K7).
 
 1. A rebalance takes a partition from a static member, which must give it up and then join once more.
-2. Its process dies before that.  The next process with its name is given what the group had noted for it, without a rebalance.
+2. Its process dies before that, or stalls for so long that it loses its membership.  Whoever joins under its name is given what the group had noted for it, without a rebalance.
 3. The partition has no owner until somebody joins or leaves, perhaps for days (seen on Kafka 4.1).
 
-Only the start of a static member can cause this, so each member looks after its start, until it has seen every partition owned.
+So each member looks after its start, and after it has lost partitions, until it has seen every partition owned.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ class Orphans:
         self._next_s: float | None = environment.monotonic() + _LOOK_S
         self._seen: set[tuple[str, int]] = set()
         self.strangers = False  # whether the last look has found members that read another topic
+
+    def look_again(self) -> None:
+        """Begin to look again: this member has lost its partitions, and joins anew."""
+        self._next_s, self._seen = self._environment.monotonic() + _LOOK_S, set()
 
     def found(self) -> bool:
         """Whether some partition had no owner in two consecutive looks."""

@@ -391,6 +391,8 @@ class QueueRunner:
 
     def _on_lost(self, consumer: Consumer, places: list[TopicPartition]) -> None:
         """Drop partitions that others own already."""
+        if self._orphans is not None:
+            self._orphans.look_again()
         for number in self._numbers(places):
             del self._owned[number]
             self.worker.disown(number)

@@ -124,9 +124,13 @@ class Takeover:
             if self._worker is not None:
                 self._worker.disown(partition.partition, max(0.0, give_up - self.member.environment.monotonic()))
         self._owners.withdraw([partition.partition for partition in partitions if not self._is_careful(partition.partition)])
-        self._on_lost(consumer, partitions)
+        self._drop(partitions)
 
     def _on_lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self._orphans.look_again()
+        self._drop(partitions)
+
+    def _drop(self, partitions: list[TopicPartition]) -> None:
         self.generation += 1
         self._owners.forget([partition.partition for partition in partitions])
         for partition in partitions:
